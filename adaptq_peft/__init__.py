@@ -1,0 +1,22 @@
+"""ADAPTQ for PEFT: full-rank adaptation of the blocks that a domain uses most, the rest of the model in 4 bits.
+
+Importing this package registers `PeftType.ADAPTQ` with PEFT.
+"""
+
+from .config import AdaptQConfig
+from .registration import register_tuner
+from .selection import ActivationProfile, SelectionRequest, profile_activations, register_selection_strategy
+from .tuner import AdaptQTuner
+
+register_tuner(AdaptQConfig, AdaptQTuner)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationProfile",
+    "AdaptQConfig",
+    "AdaptQTuner",
+    "SelectionRequest",
+    "profile_activations",
+    "register_selection_strategy",
+]

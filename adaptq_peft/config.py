@@ -1,0 +1,231 @@
+"""`AdaptQConfig`: every choice of the method in one dataclass that is valid once it is built."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import InitVar, dataclass, field
+from typing import Any, Optional, Union
+
+import torch
+from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME
+from transformers import BitsAndBytesConfig
+
+from .quantization import QUANTIZATION_NAMES
+from .registration import ensure_peft_type
+from .selection import ActivationProfile, selection_strategy_names, strategy_needs_general_profile
+
+FORMAT_VERSION = 1
+DELTA_DTYPES = ("float32", "bfloat16", "float16")
+
+#: Given at run time, used once, and never part of `to_dict`, JSON, a pickle or a deepcopy.
+RUNTIME_FIELDS = ("calibration_data", "general_calibration_data", "calibration_tokenizer")
+
+
+@dataclass
+class AdaptQConfig(PeftConfig):
+    """Configuration of ADAPTQ: full-rank deltas on K transformer blocks, the linears of all other blocks in 4 bits.
+
+    Use it where a script uses `LoraConfig`: `get_peft_model(model, AdaptQConfig(task_type="CAUSAL_LM"))`. After
+    `get_peft_model` the config holds what was resolved: `layers_to_transform`, `profile` and `base_fingerprint`.
+
+    Args:
+        selection_ratio: alpha in (0, 1]: K = floor(alpha * L) of the L blocks are adapted, at least 1. Default 0.5.
+        num_adapted_blocks: K itself, between 1 and L. `None` (default) computes it from `selection_ratio`.
+        selection_strategy: which blocks: a name in the registry of `adaptq_peft.selection` ("activation", "update",
+            "contrast", "random", "first", "last", or your own). Default "activation", the paper's rule.
+        selection_seed: seed of the strategy "random". Default 0.
+        layers_to_transform: explicit block indices (0-based, an int or a list). Skips the profile and the strategy.
+            Holds the adapted blocks once the adapter is made.
+        layers_pattern: dotted name, or its end, of the `ModuleList` of blocks, where they can't be found.
+        target_modules: `None` (default): every parameter of the adapted blocks gets a delta. Else, as in other PEFT
+            methods, only the modules with these names (a list of suffixes, a regex or "all-linear"), within the
+            adapted blocks. On a model without blocks the matching modules get deltas and nothing is profiled.
+        exclude_modules: module names (a list of suffixes, or a regex) that get no delta and are not quantized.
+        modules_to_save: modules outside the blocks that are trained and saved whole, as in other PEFT methods.
+        trainable_token_indices: rows of the embedding that are trained, as in `LoraConfig`.
+        init_weights: `True` (default): deltas start at zero, so training starts at the base model. `False`: deltas
+            start random with standard deviation 0.02, for tests only.
+        calibration_data: domain data that is profiled: `list[str]`, `list[dict]` (with "text", "messages" or
+            "input_ids"), a `datasets.Dataset`, a `DataLoader`, or the path of a .txt, .json or .jsonl file. Runtime
+            only. `None` (default): the model writes its own calibration text, with a warning.
+        general_calibration_data: general data, in the same forms, for strategies that compare. Runtime only.
+        calibration_tokenizer: tokenizer for texts. Runtime only. `None`: that of the model's `name_or_path`.
+        calibration_samples: how many samples are profiled at most. Default 100.
+        calibration_max_length: tokens a sample is cut to. Default 512.
+        calibration_batch_size: samples in one forward pass of the profile. Default 8.
+        profile: an `ActivationProfile` made before by `profile_activations`; nothing is profiled then.
+        quantization: how the linears of the frozen blocks are stored: "nf4" (default), "fp4", "int8", "none", or a
+            `transformers.BitsAndBytesConfig`. The names mean bitsandbytes with nested absmax (double quantization).
+        delta_scaling: s in W = W0 + s * delta, > 0. Adam moves W by learning rate x s, so the default 0.25 turns the
+            usual LoRA rate 2e-4 into the full-rank rate 5e-5.
+        delta_dtype: "float32", "bfloat16" or "float16". `None` (default): PEFT's rule, float32 unless the model is
+            wrapped with `autocast_adapter_dtype=False`, then the dtype of the base weight.
+        base_fingerprint: identifies the base model that the adapter was made for; filled in by `get_peft_model`.
+        adaptq_version: version of the saved format; filled in.
+
+    Raises:
+        ValueError: if any field is invalid. All faults are reported in one message.
+    """
+
+    selection_ratio: float = 0.5
+    num_adapted_blocks: Optional[int] = None
+    selection_strategy: str = "activation"
+    selection_seed: int = 0
+    layers_to_transform: Optional[Union[list[int], int]] = None
+    layers_pattern: Optional[str] = None
+    target_modules: Optional[Union[list[str], str]] = None
+    exclude_modules: Optional[Union[list[str], str]] = None
+    modules_to_save: Optional[list[str]] = None
+    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = None
+    init_weights: bool = True
+    calibration_data: InitVar[Any] = None
+    general_calibration_data: InitVar[Any] = None
+    calibration_tokenizer: InitVar[Any] = None
+    calibration_samples: int = 100
+    calibration_max_length: int = 512
+    calibration_batch_size: int = 8
+    profile: Optional[ActivationProfile] = None
+    quantization: Union[str, dict, BitsAndBytesConfig] = "nf4"
+    delta_scaling: float = 0.25
+    delta_dtype: Optional[str] = None
+    base_fingerprint: Optional[dict] = None
+    adaptq_version: int = field(default=FORMAT_VERSION)
+
+    def __post_init__(  # type: ignore[override]
+        self, calibration_data: Any, general_calibration_data: Any, calibration_tokenizer: Any
+    ) -> None:
+        super().__post_init__()
+        self.peft_type = ensure_peft_type()
+        self.calibration_data = calibration_data
+        self.general_calibration_data = general_calibration_data
+        self.calibration_tokenizer = calibration_tokenizer
+        self._normalize()
+        faults = [fault for check in _CHECKS for fault in check(self)]
+        if faults:
+            raise ValueError("AdaptQConfig is not valid:\n" + "\n".join(f"- {fault}" for fault in faults))
+
+    def _normalize(self) -> None:
+        """Bring the forms that a field may take into the one that is stored: JSON types and `ActivationProfile`."""
+        if isinstance(self.layers_to_transform, int) and not isinstance(self.layers_to_transform, bool):
+            self.layers_to_transform = [self.layers_to_transform]
+        elif isinstance(self.layers_to_transform, (list, tuple, set, range)):
+            self.layers_to_transform = sorted(self.layers_to_transform)
+        if isinstance(self.target_modules, (set, tuple)):
+            self.target_modules = sorted(self.target_modules)
+        if isinstance(self.exclude_modules, (set, tuple)):
+            self.exclude_modules = sorted(self.exclude_modules)
+        if isinstance(self.delta_dtype, torch.dtype):
+            self.delta_dtype = str(self.delta_dtype).removeprefix("torch.")
+        if isinstance(self.quantization, BitsAndBytesConfig):
+            self.quantization = self.quantization.to_dict()
+        if isinstance(self.profile, dict):
+            self.profile = ActivationProfile(**self.profile)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in RUNTIME_FIELDS}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json` into `save_directory`, atomically: a crash leaves the previous file."""
+        os.makedirs(save_directory, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=save_directory, prefix=".adaptq-") as staging:
+            super().save_pretrained(staging, **kwargs)
+            os.replace(os.path.join(staging, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
+
+
+def _check_count(config: AdaptQConfig) -> Iterator[str]:
+    count = config.num_adapted_blocks
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        yield f"num_adapted_blocks is {count!r}; allowed: None or an integer from 1 to the number of blocks"
+
+
+def _check_ratio(config: AdaptQConfig) -> Iterator[str]:
+    ratio = config.selection_ratio
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
+        yield f"selection_ratio is {ratio!r}; allowed: a number above 0 and at most 1"
+
+
+def _check_strategy(config: AdaptQConfig) -> Iterator[str]:
+    if config.layers_to_transform is not None:  # the blocks are known; a saved adapter may name a strategy of its author's
+        return
+    names = selection_strategy_names()
+    if config.selection_strategy not in names:
+        yield (
+            f"selection_strategy is {config.selection_strategy!r}; registered are {names}; add your own with "
+            "adaptq_peft.register_selection_strategy"
+        )
+    elif (
+        strategy_needs_general_profile(config.selection_strategy)
+        and config.general_calibration_data is None
+        and getattr(config.profile, "general_magnitude", None) is None
+    ):
+        yield (
+            f"selection_strategy {config.selection_strategy!r} compares domain data with general data; pass "
+            "general_calibration_data too, or a profile made with general data"
+        )
+
+
+def _check_layers(config: AdaptQConfig) -> Iterator[str]:
+    layers = config.layers_to_transform
+    if layers is None:
+        return
+    valid = isinstance(layers, list) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers)
+    if not valid or not layers or len(set(layers)) != len(layers):
+        yield f"layers_to_transform is {layers!r}; allowed: a list of different block indices, each 0 or more"
+
+
+def _check_calibration(config: AdaptQConfig) -> Iterator[str]:
+    for name in ("calibration_samples", "calibration_max_length", "calibration_batch_size"):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            yield f"{name} is {value!r}; allowed: an integer of 1 or more"
+
+
+def _check_profile(config: AdaptQConfig) -> Iterator[str]:
+    if config.profile is not None and not isinstance(config.profile, ActivationProfile):
+        yield f"profile is a {type(config.profile).__name__}; pass what profile_activations returned"
+
+
+def _check_quantization(config: AdaptQConfig) -> Iterator[str]:
+    if isinstance(config.quantization, dict) or config.quantization in QUANTIZATION_NAMES:
+        return
+    yield (
+        f"quantization is {config.quantization!r}; allowed: {list(QUANTIZATION_NAMES)} or a "
+        "transformers.BitsAndBytesConfig"
+    )
+
+
+def _check_scaling(config: AdaptQConfig) -> Iterator[str]:
+    scaling = config.delta_scaling
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not 0 < scaling < math.inf:
+        yield f"delta_scaling is {scaling!r}; allowed: a finite number above 0"
+
+
+def _check_dtype(config: AdaptQConfig) -> Iterator[str]:
+    if config.delta_dtype is not None and config.delta_dtype not in DELTA_DTYPES:
+        yield f"delta_dtype is {config.delta_dtype!r}; allowed: None or one of {list(DELTA_DTYPES)}"
+
+
+def _check_version(config: AdaptQConfig) -> Iterator[str]:
+    if config.adaptq_version != FORMAT_VERSION:
+        yield (
+            f"adaptq_version is {config.adaptq_version!r}; this adaptq_peft reads version {FORMAT_VERSION}; run "
+            "`pip install -U adaptq_peft`"
+        )
+
+
+_CHECKS = (
+    _check_ratio,
+    _check_count,
+    _check_strategy,
+    _check_layers,
+    _check_calibration,
+    _check_profile,
+    _check_quantization,
+    _check_scaling,
+    _check_dtype,
+    _check_version,
+)

@@ -1,0 +1,100 @@
+"""The arithmetic of W0 + scale * delta, and a linear map with it that saves no merged weight for the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+def add_deltas(
+    base: torch.Tensor, deltas: Sequence[torch.Tensor], scales: Sequence[float], dtype: torch.dtype
+) -> torch.Tensor:
+    """base + sum of scale * delta, added in the widest dtype of the operands and rounded once, to `dtype`.
+
+    Args:
+        base: the frozen tensor, any shape.
+        deltas: one or more tensors of the same shape.
+        scales: a number for each delta.
+        dtype: dtype of the result.
+
+    Returns:
+        A new tensor of the shape of `base`.
+    """
+    total = base
+    for delta, scale in zip(deltas[:-1], scales[:-1], strict=True):
+        total = torch.add(total, delta, alpha=scale)
+    if dtype == torch.promote_types(total.dtype, deltas[-1].dtype) or torch.is_grad_enabled():
+        return torch.add(total, deltas[-1], alpha=scales[-1]).to(dtype)
+    # Rounded while it is written: no temporary of the wider dtype.
+    return torch.add(total, deltas[-1], alpha=scales[-1], out=torch.empty_like(total, dtype=dtype))
+
+
+class _DeltaLinear(torch.autograd.Function):
+    """x (W0 + sum of scale * delta)^T + bias; the merged weight is formed again in backward instead of saved."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        x: torch.Tensor,
+        base_weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        transposed: bool,
+        scales: tuple[float, ...],
+        *deltas: torch.Tensor,
+    ) -> torch.Tensor:
+        weight = add_deltas(base_weight, deltas, scales, x.dtype)
+        return F.linear(x, weight.t() if transposed else weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, base_weight, _, ctx.transposed, ctx.scales, *deltas = inputs
+        ctx.save_for_backward(x, base_weight, *deltas)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, base_weight, *deltas = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = add_deltas(base_weight, deltas, ctx.scales, x.dtype)
+            grad_x = grad_output @ (weight.t() if ctx.transposed else weight)
+        flat_grad = grad_output.flatten(0, -2)
+        if ctx.needs_input_grad[2]:
+            grad_bias = flat_grad.sum(0)
+        grad_deltas: list[torch.Tensor | None] = [None] * len(deltas)
+        needs_delta = ctx.needs_input_grad[5:]
+        if any(needs_delta):
+            flat_x = x.flatten(0, -2)
+            grad_weight = flat_x.t() @ flat_grad if ctx.transposed else flat_grad.t() @ flat_x
+            for i, (delta, scale) in enumerate(zip(deltas, ctx.scales, strict=True)):
+                if needs_delta[i]:
+                    grad_deltas[i] = (grad_weight if scale == 1.0 else grad_weight * scale).to(delta.dtype)
+        return grad_x, None, grad_bias, None, None, *grad_deltas
+
+
+def delta_linear(
+    x: torch.Tensor,
+    base_weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    deltas: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    *,
+    transposed: bool = False,
+) -> torch.Tensor:
+    """A linear map with the weight base_weight + sum of scale * delta, computed in the dtype of `x`.
+
+    Only `x`, `base_weight` and the deltas are kept for the backward pass: it forms the merged weight again.
+
+    Args:
+        x: [..., in].
+        base_weight: frozen weight, [out, in] or, if `transposed`, [in, out] as in GPT-2's Conv1D. Gets no gradient.
+        bias: [out] in the dtype of `x`, or `None`.
+        deltas: one or more tensors of the shape of `base_weight`, each in a dtype of its own; gradients come in it.
+        scales: a number for each delta.
+        transposed: whether weights are [in, out]. Default `False`.
+
+    Returns:
+        [..., out] in the dtype of `x`.
+    """
+    return _DeltaLinear.apply(x, base_weight, bias, transposed, tuple(scales), *deltas)

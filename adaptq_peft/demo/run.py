@@ -1,0 +1,258 @@
+"""The demo: the whole method on a real 135M model and real text, in the order of the steps below.
+
+load -> measure -> profile, select, quantize -> measure -> train -> measure -> save -> reload elsewhere -> report
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import get_peft_model
+from rich.console import Console
+
+from ..config import AdaptQConfig
+from ..evaluation import Perplexity, measure_weight_bytes, paper_weight_ratio
+from . import display
+from .evaluate import EvaluationSet, split_change
+from .model import load_demo_model
+from .plots import plot_perplexities, plot_profile
+from .quiet import quiet_libraries
+from .reload import check_identical, reload_in_new_process
+from .settings import DemoSettings
+from .texts import DemoTexts, load_demo_texts
+from .training import train, training_windows
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+STAGES = ("base", "quantized", "trained")
+EVALUATION_FILE = "evaluation_texts.json"
+
+
+def run_demo(
+    settings: DemoSettings | None = None,
+    *,
+    console: Console | None = None,
+    texts: DemoTexts | None = None,
+    model_folder: Path | None = None,
+) -> dict[str, Any]:
+    """Run the whole demo; write `report.json`, `profile.png`, `perplexities.png` and the adapter to the output folder.
+
+    Args:
+        settings: Choices; None takes the defaults.
+        console: Where to print; None prints to the terminal.
+        texts: Texts to use; None reads them from the installed packages.
+        model_folder: A saved causal language model with its tokenizer; None takes SmolLM2-135M-Instruct.
+
+    Returns:
+        What was written to `report.json`.
+
+    Raises:
+        ReloadError: If the saved adapter, loaded in a second process, does not have exactly the same perplexities. The
+            report and the figures are written first.
+        ModuleNotFoundError: If a package with the model or the texts is missing; the message says how to install it.
+    """
+    run = _Run(settings or DemoSettings(), console or Console())
+    with quiet_libraries():
+        model, tokenizer, texts = _load(run, model_folder, texts)
+        evaluation = _write_evaluation_set(run, texts)
+        _measure(run, "base", model, tokenizer, evaluation)
+        adapted = _adapt(run, model, tokenizer, texts)
+        _measure(run, "quantized", adapted, tokenizer, evaluation)
+        _train(run, adapted, tokenizer, texts)
+        _measure(run, "trained", adapted, tokenizer, evaluation)
+        _save_and_reload(run, adapted)
+    _conclude(run)
+    check_identical(run.perplexities["trained"], run.perplexities["reloaded"])
+    run.console.print("[green]In a second process the reloaded adapter has exactly the same perplexities.[/]")
+    return run.report
+
+
+class _Run:
+    """What the steps share: the settings, where to print, and what has been found out so far."""
+
+    def __init__(self, settings: DemoSettings, console: Console) -> None:
+        self.settings = settings
+        self.console = console
+        self.folder = Path(settings.output_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.perplexities: dict[str, dict[str, Perplexity]] = {}
+        self.seconds: dict[str, float] = {}
+        chosen = asdict(settings) | {"output_dir": str(settings.output_dir)}
+        self.report: dict[str, Any] = {"settings": chosen, "environment": _environment()}
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Note the wall time of a step."""
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = time.perf_counter() - start
+
+
+def _load(
+    run: _Run, model_folder: Path | None, texts: DemoTexts | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, DemoTexts]:
+    run.console.rule("Model and texts")
+    with run.timed("load"), run.console.status("Loading (the first time, the model is converted: 20 s)"):
+        model, tokenizer = load_demo_model(model_folder)
+        texts = texts or load_demo_texts()
+    about_model = {
+        "name": model.name_or_path,
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    about_texts = {
+        "domain_train_documents": texts.domain_train_sources,
+        "domain_test_documents": texts.domain_test_sources,
+        "domain_train_words": _count_words(texts.domain_train),
+        "domain_test_words": _count_words(texts.domain_test),
+        "general_test_words": _count_words(texts.general_test),
+    }
+    run.report |= {"model": about_model, "texts": about_texts}
+    display.show_inputs(run.console, about_model, about_texts)
+    return model, tokenizer, texts
+
+
+def _write_evaluation_set(run: _Run, texts: DemoTexts) -> EvaluationSet:
+    evaluation = EvaluationSet(texts.domain_test, texts.general_test, max_tokens=run.settings.evaluation_tokens)
+    evaluation.save(run.folder / EVALUATION_FILE)
+    return evaluation
+
+
+def _measure(
+    run: _Run, stage: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, evaluation: EvaluationSet
+) -> None:
+    with run.timed(f"perplexity, {stage}"), display.progress_bar(run.console, f"Perplexity, {stage}") as update:
+        figures = evaluation.measure(model, tokenizer, lambda text, done, total: update(done, total, f"{text} text"))
+        update(1, 1, " · ".join(f"{text} {figure.value:.2f}" for text, figure in figures.items()))
+    run.perplexities[stage] = figures
+
+
+def _adapt(run: _Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: DemoTexts) -> PeftModel:
+    """Profile the blocks, choose some, put deltas on those and quantize the others: all of it is `get_peft_model`."""
+    run.console.rule("Profile, selection, quantization")
+    before = measure_weight_bytes(model)
+    config = AdaptQConfig(
+        task_type="CAUSAL_LM",
+        selection_ratio=run.settings.ratio,
+        calibration_data=evenly_spaced(texts.domain_train, run.settings.calibration_samples),
+        calibration_tokenizer=tokenizer,
+        calibration_max_length=run.settings.sequence_length,
+    )
+    with run.timed("profile, select, quantize"):
+        adapted = get_peft_model(model, config)
+    resolved: Any = adapted.peft_config["default"]
+    profile, chosen = resolved.profile, resolved.layers_to_transform
+    after, ratio = measure_weight_bytes(adapted), paper_weight_ratio(len(profile.magnitude), len(chosen))
+    run.report["profile"] = {
+        "magnitude": list(profile.magnitude),
+        "update": list(profile.update),
+        "samples": profile.num_samples,
+        "tokens": profile.num_tokens,
+        "adapted_blocks": list(chosen),
+    }
+    run.report["memory"] = {
+        "bytes_before": asdict(before),
+        "bytes_after": asdict(after),
+        "block_linears_ratio": after.block_linears / before.block_linears,
+        "paper_ratio": ratio,
+    }
+    display.show_profile(run.console, profile.magnitude, chosen)
+    display.show_memory(run.console, before, after, ratio)
+    return adapted
+
+
+def _train(run: _Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, texts: DemoTexts) -> None:
+    run.console.rule("Training")
+    chosen = run.settings
+    samples = training_windows(tokenizer, texts.domain_train, chosen.sequence_length)
+    with run.timed("train"), display.progress_bar(run.console, f"Training, {chosen.steps} steps") as update:
+        losses = train(
+            model,
+            samples,
+            steps=chosen.steps,
+            learning_rate=chosen.learning_rate,
+            batch_size=chosen.batch_size,
+            seed=chosen.seed,
+            on_step=lambda step, loss: update(step, chosen.steps, f"loss {loss:.3f}"),
+        )
+    run.report["training"] = {
+        "losses": losses,
+        "samples_available": len(samples),
+        "tokens_seen": chosen.steps * chosen.batch_size * chosen.sequence_length,
+    }
+
+
+def _save_and_reload(run: _Run, model: PeftModel) -> None:
+    """Save the adapter, and measure it again in a process that has only the files."""
+    adapter = run.folder / "adapter"
+    with run.timed("save"):
+        model.save_pretrained(adapter)
+    run.report["adapter_bytes"] = {file.name: file.stat().st_size for file in sorted(adapter.iterdir())}
+    with run.timed("reload"), run.console.status("Loading the adapter in a second process and measuring again"):
+        run.perplexities["reloaded"] = reload_in_new_process(
+            adapter, run.folder / EVALUATION_FILE, run.folder / "reloaded.json"
+        )
+
+
+def _conclude(run: _Run) -> None:
+    """Print the results, and write them and the figures to the output folder."""
+    run.console.rule("Results")
+    by_text = {
+        text: {stage: figures[text] for stage, figures in run.perplexities.items()} for text in ("domain", "general")
+    }
+    changes = {text: split_change(p["base"], p["quantized"], p["trained"]) for text, p in by_text.items()}
+    run.report["perplexity"] = {
+        text: {stage: asdict(figure) | {"perplexity": figure.value} for stage, figure in p.items()}
+        for text, p in by_text.items()
+    }
+    run.report["relative_change"] = changes
+    run.report["reload_identical"] = run.perplexities["reloaded"] == run.perplexities["trained"]
+    run.report["seconds"] = run.seconds
+    (run.folder / "report.json").write_text(json.dumps(run.report, indent=1), encoding="utf-8")
+    _draw(run, by_text)
+    display.show_perplexities(run.console, run.perplexities)
+    display.show_changes(run.console, changes)
+    display.show_seconds(run.console, run.seconds)
+    run.console.print(
+        f"Written to {run.folder}: report.json, profile.png, perplexities.png, adapter/", highlight=False
+    )
+
+
+def _draw(run: _Run, by_text: Mapping[str, Mapping[str, Perplexity]]) -> None:
+    profile = run.report["profile"]
+    plot_profile(profile["magnitude"], profile["update"], profile["adapted_blocks"], run.folder / "profile.png")
+    domain, general = ({stage: by_text[text][stage].value for stage in STAGES} for text in ("domain", "general"))
+    plot_perplexities(domain, general, run.folder / "perplexities.png")
+
+
+def evenly_spaced(items: list[str], count: int) -> list[str]:
+    """`count` of the items, evenly spaced from the first on; all of them if there are not more."""
+    if len(items) <= count:
+        return list(items)
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def _count_words(texts: list[str]) -> int:
+    return sum(len(text.split()) for text in texts)
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("torch", "transformers", "peft", "bitsandbytes")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }

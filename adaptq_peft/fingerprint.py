@@ -1,0 +1,112 @@
+"""Tells whether a model is the base that an adapter was made for, from a few hundred of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .selection import Block
+
+MAX_TENSORS = 64
+VALUES_PER_TENSOR = 4
+#: Two roundings to bfloat16, each by at most 2^-9 relative, where the base is loaded in another dtype than before.
+DTYPE_TOLERANCE = 2.0**-7
+
+
+def fingerprint_base(model: nn.Module, blocks: list[Block], adapted: Collection[int]) -> dict[str, Any]:
+    """A JSON-able description of a base model: names, shapes and a sample of its values.
+
+    Linears of frozen blocks are left out, so it is the same before and after they are quantized. Adapters on the model
+    are looked through.
+
+    Args:
+        model: the base model, or one with adapters on it.
+        blocks: its blocks.
+        adapted: indices of the blocks that are adapted.
+
+    Returns:
+        `name_or_path`, `model_type`, `num_blocks`, `dtype` and `samples`: {tensor name: [shape, values]}.
+    """
+    skipped = {
+        f"{block.name}.{name}"
+        for block in blocks
+        if block.index not in adapted
+        for name, module in block.module.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    }
+    tensors = {name: p for name, p in _base_parameters(model) if name.rpartition(".")[0] not in skipped}
+    names = list(tensors)
+    chosen = names if len(names) <= MAX_TENSORS else [names[i * len(names) // MAX_TENSORS] for i in range(MAX_TENSORS)]
+    config = getattr(model, "config", None)
+    return {
+        "name_or_path": getattr(model, "name_or_path", None) or None,
+        "model_type": getattr(config, "model_type", None) or type(model).__name__,
+        "num_blocks": len(blocks),
+        "dtype": str(tensors[names[0]].dtype).removeprefix("torch.") if names else None,
+        "samples": {name: [list(tensors[name].shape), _sample(tensors[name])] for name in chosen},
+    }
+
+
+def check_base(saved: dict[str, Any], found: dict[str, Any]) -> None:
+    """Compare two fingerprints.
+
+    Values must be equal; if the base is loaded in another dtype than before, equal up to the rounding of bfloat16.
+
+    Raises:
+        ValueError: if they are of different bases; the message names both and says what differs.
+    """
+    difference = _first_difference(saved, found)
+    if difference:
+        raise ValueError(
+            f"This adapter was made for the base model {_describe(saved)}, and the model here is {_describe(found)}: "
+            f"{difference}. Load the base that it was trained on. For a new adapter on this model make a new AdaptQConfig."
+        )
+
+
+def _first_difference(saved: dict[str, Any], found: dict[str, Any]) -> str | None:
+    for key in ("model_type", "num_blocks"):
+        if saved[key] != found[key]:
+            return f"{key} is {found[key]!r} instead of {saved[key]!r}"
+    if saved["samples"].keys() != found["samples"].keys():
+        return f"parameters have other names, for instance {sorted(saved['samples'].keys() ^ found['samples'].keys())[0]}"
+    exact = saved["dtype"] == found["dtype"]
+    differing = [
+        name
+        for name, (shape, values) in saved["samples"].items()
+        if shape != found["samples"][name][0] or not _equal(values, found["samples"][name][1], exact)
+    ]
+    if differing:
+        return f"{len(differing)} of {len(saved['samples'])} sampled tensors differ, the first is {differing[0]}"
+    return None
+
+
+def _equal(saved: list[float], found: list[float], exact: bool) -> bool:
+    tolerance = 0.0 if exact else DTYPE_TOLERANCE
+    return all(abs(a - b) <= tolerance * abs(a) + (0.0 if exact else 1e-6) for a, b in zip(saved, found, strict=True))
+
+
+def _describe(fingerprint: dict[str, Any]) -> str:
+    name = fingerprint["name_or_path"]
+    return f"{name!r} ({fingerprint['model_type']})" if name else f"without a name ({fingerprint['model_type']})"
+
+
+def _base_parameters(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters of the base under their original names, without those of adapters."""
+    own = []
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if any(part.startswith("adaptq_") or part in ("modules_to_save", "token_adapter") for part in parts):
+            continue
+        own.append((".".join(p for p in parts if p not in ("base_layer", "original_module")), parameter))
+    return own
+
+
+def _sample(tensor: torch.Tensor) -> list[float]:
+    flat = tensor.detach().flatten()
+    count = min(VALUES_PER_TENSOR, len(flat))
+    positions = [(2 * i + 1) * len(flat) // (2 * count) for i in range(count)]
+    return flat[positions].float().tolist() if count else []

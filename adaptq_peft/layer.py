@@ -1,0 +1,188 @@
+"""Layers with a trainable delta on each of their own parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import AdaptQConfig
+from .delta_linear import add_deltas, delta_linear
+
+
+class Delta(nn.Module):
+    """Trainable differences, one for each of a layer's own parameters and under the same names.
+
+    A leaf module with real parameters, not a ParameterDict: reference copies in trainers and FSDP wrapping rules look
+    for `.<adapter>.` inside parameter names.
+    """
+
+    def __init__(self, differences: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        for name, difference in differences.items():
+            self.register_parameter(name, nn.Parameter(difference))
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("a Delta only holds parameters; call the layer that owns it")
+
+
+class AdaptQLayer(nn.Module, BaseTunerLayer):
+    """Wraps any layer with parameters of its own and runs it with W0 + scale * delta in place of each of them.
+
+    The wrapped layer keeps its parameters, frozen. `adaptq_delta[adapter]` holds a difference of the same shape for
+    each; it starts at zero, so a new adapter does not change the output.
+    """
+
+    adapter_layer_names = ("adaptq_delta",)
+    other_param_names = ("scaling",)
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: AdaptQConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adaptq_delta = nn.ModuleDict()
+        self.scaling: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self._unmerged_data: dict[str, torch.Tensor] = {}
+        self._active_adapter = adapter_name
+        self._disable_adapters = False
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: AdaptQConfig) -> None:
+        """Add the adapter `adapter_name` to this layer: zero deltas in `config.delta_dtype`, on the layer's device."""
+        self.scaling[adapter_name] = float(config.delta_scaling)
+        dtype = getattr(torch, config.delta_dtype) if config.delta_dtype else None
+        differences = {
+            name: torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+            for name, parameter in self.base_layer.named_parameters(recurse=False)
+        }
+        if not config.init_weights:
+            for difference in differences.values():
+                nn.init.normal_(difference, std=0.02)
+        self.adaptq_delta[adapter_name] = Delta(differences)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set s in W0 + s * delta for one adapter. Unknown adapters are ignored, as in other PEFT layers."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        adapters = [] if self.disable_adapters or self.merged else self._applied_adapters()
+        if not adapters:
+            return self.base_layer(*args, **kwargs)
+        return self._forward_with_deltas(adapters, *args, **kwargs)
+
+    def _applied_adapters(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.adaptq_delta]
+
+    def _forward_with_deltas(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
+        """The path for any layer: its forward, with other tensors in place of its parameters."""
+        parameters = {
+            name: self._adapted(name, parameter, adapters, parameter.dtype)
+            for name, parameter in self.base_layer.named_parameters(recurse=False)
+        }
+        return torch.func.functional_call(self.base_layer, parameters, args, kwargs)
+
+    def _deltas(self, name: str, adapters: list[str]) -> list[torch.Tensor]:
+        return [getattr(self.adaptq_delta[adapter], name) for adapter in adapters]
+
+    def _scales(self, adapters: list[str]) -> list[float]:
+        return [self.scaling[adapter] for adapter in adapters]
+
+    def _adapted(self, name: str, base: torch.Tensor, adapters: list[str], dtype: torch.dtype) -> torch.Tensor:
+        return add_deltas(base, self._deltas(name, adapters), self._scales(adapters), dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add deltas to the base parameters. The original tensors are kept, so `unmerge` is exact.
+
+        Args:
+            safe_merge: check the merged weights first, and raise instead of merging if some are not finite.
+            adapter_names: adapters to merge; `None`: the active ones.
+
+        Raises:
+            ValueError: with `safe_merge`, if a merged weight is not finite.
+        """
+        new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adaptq_delta]
+        if not new:
+            return
+        parameters = dict(self.base_layer.named_parameters(recurse=False))
+        originals = self._unmerged_data or {name: parameter.data for name, parameter in parameters.items()}
+        with torch.no_grad():
+            merged = {
+                name: self._adapted(name, original, self.merged_adapters + new, original.dtype)
+                for name, original in originals.items()
+            }
+        if safe_merge and not all(torch.isfinite(tensor).all() for tensor in merged.values()):
+            raise ValueError(f"merging adapters {new} gives weights that are not finite; the adapter seems to be broken")
+        for name, tensor in merged.items():
+            parameters[name].data = tensor
+        self._unmerged_data = originals
+        self.merged_adapters.extend(new)
+
+    def unmerge(self) -> None:
+        """Put back the tensors from before the merge: subtracting a delta would not restore a bfloat16 weight."""
+        for name, parameter in self.base_layer.named_parameters(recurse=False):
+            if name in self._unmerged_data:
+                parameter.data = self._unmerged_data[name]
+        self._unmerged_data = {}
+        self.merged_adapters.clear()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move the deltas, and unlike PEFT's default keep their dtype: float32 deltas on a bfloat16 base are the rule."""
+        delta = self.adaptq_delta[adapter_name] if adapter_name in self.adaptq_delta else None
+        base = next(self.base_layer.parameters(recurse=False))
+        if delta is not None and not any(p.is_meta for p in (base, *delta.parameters())):
+            delta.to(device or base.device)
+
+    def __getattr__(self, name: str) -> Any:
+        """Public attributes that models read from their layers (`in_features`, `nf`, `variance_epsilon`, ...)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def __repr__(self) -> str:
+        return f"adaptq.{super().__repr__()}"
+
+
+class AdaptQLinear(AdaptQLayer):
+    """`AdaptQLayer` for `nn.Linear` and `Conv1D` by one fused autograd function."""
+
+    def _forward_with_deltas(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or _has_hooks(self.base_layer):
+            return super()._forward_with_deltas(adapters, *args, **kwargs)
+        weight, bias = self.base_layer.weight, self.base_layer.bias
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        return delta_linear(
+            args[0].to(dtype),
+            weight,
+            None if bias is None else self._adapted("bias", bias, adapters, dtype),
+            self._deltas("weight", adapters),
+            self._scales(adapters),
+            transposed=isinstance(self.base_layer, Conv1D),
+        )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its forward: the fused path would skip it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or hasattr(module, "_hf_hook")
+    )
+
+
+def create_layer(target: nn.Module, adapter_name: str, config: AdaptQConfig) -> AdaptQLayer:
+    """The layer for a module with parameters of its own: `AdaptQLinear` where the fused path fits, else the generic."""
+    layer_class = AdaptQLinear if type(target) in (nn.Linear, Conv1D) else AdaptQLayer
+    return layer_class(target, adapter_name, config)

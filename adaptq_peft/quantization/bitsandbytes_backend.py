@@ -1,0 +1,126 @@
+"""Quantized linears by bitsandbytes: `Linear4bit` and `Linear8bitLt`."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .settings import QuantizationSettings
+
+
+def check_bitsandbytes() -> None:
+    """Raise ImportError, with the command that installs it, if bitsandbytes is missing."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(
+            "Quantizing the frozen blocks needs bitsandbytes, which is not installed. Run `pip install bitsandbytes`, "
+            'or use AdaptQConfig(quantization="none").'
+        )
+
+
+def quantize_linear(linear: nn.Module, settings: QuantizationSettings) -> nn.Module:
+    """A bitsandbytes layer with the weights of a linear layer, on the same device. The input is left as it is.
+
+    Args:
+        linear: `nn.Linear` with weight [out, in], or `Conv1D` with weight [in, out], which is transposed first.
+        settings: how to quantize.
+
+    Returns:
+        `Linear4bit` or `Linear8bitLt`, frozen, in the training mode of `linear`; its bias is that of `linear`.
+
+    Raises:
+        ValueError: if the weight is on the meta device or not a floating point tensor.
+    """
+    weight: torch.Tensor = linear.weight.data  # type: ignore[assignment]
+    if weight.device.type == "meta":
+        raise ValueError("a weight on the meta device has no values to quantize; load the model first")
+    if not weight.is_floating_point():
+        raise ValueError(f"weight has dtype {weight.dtype}; only floating point weights can be quantized")
+    if isinstance(linear, Conv1D):
+        weight = weight.t()
+    build = _linear_4bit if settings.bits == 4 else _linear_8bit
+    quantized = build(weight.contiguous(), linear.bias is not None, settings)
+    # Straight into the dict: with `low_cpu_mem_usage=True`, registering a parameter would send it to the meta device.
+    quantized._parameters["bias"] = linear.bias  # type: ignore[assignment]
+    return quantized.requires_grad_(False).train(linear.training)
+
+
+def _linear_4bit(weight: torch.Tensor, bias: bool, settings: QuantizationSettings) -> nn.Module:
+    import bitsandbytes as bnb
+
+    out_features, in_features = weight.shape
+    storage: dict[str, Any] = {
+        "compress_statistics": settings.nested_absmax,
+        "quant_type": settings.quant_type,
+        "quant_storage": settings.storage_dtype,
+    }
+    layer = bnb.nn.Linear4bit(
+        in_features, out_features, bias=bias, compute_dtype=settings.compute_dtype, device="meta", **storage
+    )
+    params = bnb.nn.Params4bit(weight, requires_grad=False, module=layer, **storage)
+    layer._parameters["weight"] = params.to(weight.device)
+    keep_gradients_on_cpu(layer)
+    return layer
+
+
+def _linear_8bit(weight: torch.Tensor, bias: bool, settings: QuantizationSettings) -> nn.Module:
+    import bitsandbytes as bnb
+
+    out_features, in_features = weight.shape
+    layer = bnb.nn.Linear8bitLt(
+        in_features,
+        out_features,
+        bias=bias,
+        has_fp16_weights=False,
+        threshold=settings.outlier_threshold,
+        device="meta",
+    )
+    params = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    layer._parameters["weight"] = params.to(weight.device)
+    return layer
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module is a quantized bitsandbytes linear."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return False
+    import bitsandbytes as bnb
+
+    return isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+
+
+def keep_gradients_on_cpu(module: nn.Module) -> None:
+    """Switch off the path of `Linear4bit` that drops gradients in silence. No effect on other modules.
+
+    On CPUs with AVX512-BF16 an evaluation pass repacks the weight, and training calls after it go through an operator
+    without autograd (bitsandbytes 0.50.2): gradients through the layer are lost. It also makes outputs in training and
+    evaluation mode differ by 3e-3 relative.
+    """
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        module.support_avx512bf16_for_cpu = False
+
+
+def dequantize_linear(quantized: nn.Module, linear_class: type[nn.Module], dtype: torch.dtype) -> nn.Module:
+    """The inverse of `quantize_linear` up to the rounding: a plain layer with the dequantized weights.
+
+    Args:
+        quantized: `Linear4bit` or `Linear8bitLt`.
+        linear_class: `nn.Linear` or `Conv1D`, the class of the layer that was quantized.
+        dtype: dtype of the weights.
+    """
+    weight = dequantize_bnb_weight(quantized.weight, state=getattr(quantized, "state", None)).to(dtype)
+    out_features, in_features = weight.shape
+    if linear_class is Conv1D:
+        with torch.device("meta"):
+            linear: nn.Module = Conv1D(out_features, in_features)
+        weight = weight.t().contiguous()
+    else:
+        linear = nn.Linear(in_features, out_features, device="meta")
+    linear._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    bias = quantized.bias
+    linear._parameters["bias"] = None if bias is None else nn.Parameter(bias.data.to(dtype), requires_grad=False)
+    return linear.train(quantized.training)

@@ -1,0 +1,117 @@
+"""Swaps the linears of frozen blocks for quantized ones, all or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from ..selection import Block
+from .bitsandbytes_backend import check_bitsandbytes, dequantize_linear, is_quantized, quantize_linear
+from .settings import QuantizationSettings
+
+
+@dataclass(frozen=True)
+class SwappedLinear:
+    """A linear that was quantized: what it takes to turn it back into a plain layer."""
+
+    linear_class: type[nn.Module]
+    dtype: torch.dtype
+
+
+@dataclass
+class QuantizationReport:
+    """What happened to the linears of the frozen blocks.
+
+    Args:
+        swapped: dotted name of each quantized linear -> its former class and dtype.
+        left: dotted name of each linear that was not quantized -> why.
+    """
+
+    swapped: dict[str, SwappedLinear] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+class QuantizedSwap:
+    """The quantized layers for the frozen blocks, built next to the originals and put in place at once.
+
+    Building is what can fail, so the model is not touched before `commit`, which only moves references.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        frozen: Iterable[Block],
+        settings: QuantizationSettings | None,
+        is_excluded: Callable[[str], bool],
+    ) -> None:
+        self.report = QuantizationReport()
+        self._model = model
+        self._built: dict[str, nn.Module] = {}
+        if settings is None:
+            return
+        check_bitsandbytes()
+        counts = _parameter_use_counts(model)
+        for block in tqdm(list(frozen), desc="Quantizing frozen blocks", unit="block", delay=2):
+            for name, linear in _linears(block):
+                if reason := _reason_to_leave(name, linear, settings, counts, is_excluded):
+                    self.report.left[name] = reason
+                    continue
+                try:
+                    self._built[name] = quantize_linear(linear, settings)
+                except Exception as error:
+                    raise ValueError(f"quantizing {name} of frozen block {block.index} failed: {error}") from error
+                former = Conv1D if isinstance(linear, Conv1D) else nn.Linear
+                self.report.swapped[name] = SwappedLinear(former, linear.weight.dtype)
+
+    def commit(self) -> None:
+        """Put the quantized layers into the model. The originals are released."""
+        for name, quantized in self._built.items():
+            self._model.set_submodule(name, quantized)
+        self._built = {}
+
+
+def dequantize_frozen(model: nn.Module, swapped: dict[str, SwappedLinear]) -> None:
+    """Replace, in place, each quantized linear of a report by a plain one with the dequantized weights."""
+    for name, former in swapped.items():
+        quantized = model.get_submodule(name)
+        if is_quantized(quantized):
+            model.set_submodule(name, dequantize_linear(quantized, former.linear_class, former.dtype))
+
+
+def _linears(block: Block) -> list[tuple[str, nn.Module]]:
+    return [
+        (f"{block.name}.{name}", module)
+        for name, module in block.module.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and not is_quantized(module)
+    ]
+
+
+def _parameter_use_counts(model: nn.Module) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    return counts
+
+
+def _reason_to_leave(
+    name: str,
+    linear: nn.Module,
+    settings: QuantizationSettings,
+    counts: dict[int, int],
+    is_excluded: Callable[[str], bool],
+) -> str | None:
+    if is_excluded(name):
+        return "named in exclude_modules or modules_to_save"
+    if any(name == skip or name.endswith(f".{skip}") for skip in settings.skip_modules):
+        return "named in llm_int8_skip_modules"
+    if counts[id(linear.weight)] > 1:
+        return "its weight is shared with another module"
+    if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight directly"
+    return None

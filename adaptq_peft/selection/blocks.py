@@ -1,0 +1,78 @@
+"""Finds the transformer blocks of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block: entry `index` of the model's list of blocks, at dotted path `name`."""
+
+    index: int
+    name: str
+    module: nn.Module
+
+
+def find_blocks(model: nn.Module, layers_pattern: str | None = None) -> list[Block]:
+    """Find the transformer blocks of a model, in the order in which they run.
+
+    A candidate is an outermost `ModuleList` whose entries are of one class and hold parameters. Among several, those
+    whose entries the model names in `_no_split_modules` are preferred, then the one with the most parameters. The
+    lists of an encoder-decoder model are joined, encoder first.
+
+    Args:
+        model: any module; a transformers model, or one that PEFT has wrapped.
+        layers_pattern: dotted name of the `ModuleList`, or its end ("h", "decoder.layers"). Default `None`: find it.
+
+    Returns:
+        One `Block` for each entry, indices from 0.
+
+    Raises:
+        ValueError: if no list of blocks is found, or `layers_pattern` matches none.
+    """
+    candidates = _candidate_lists(model)
+    if layers_pattern is not None:
+        chosen = {n: m for n, m in candidates.items() if n == layers_pattern or n.endswith(f".{layers_pattern}")}
+        if not chosen:
+            raise ValueError(
+                f"layers_pattern {layers_pattern!r} matches no list of blocks in {type(model).__name__}. "
+                f"{_describe(candidates)}"
+            )
+    else:
+        chosen = _choose(model, candidates)
+    if not chosen:
+        raise ValueError(
+            f"No transformer blocks found in {type(model).__name__}: it has no ModuleList of equal modules with "
+            "parameters. Set layers_pattern to the name of the list of blocks, or give target_modules and no "
+            "calibration data to put deltas on single modules."
+        )
+    named = [(f"{name}.{i}", block) for name, blocks in chosen.items() for i, block in enumerate(blocks)]
+    return [Block(index, name, module) for index, (name, module) in enumerate(named)]
+
+
+def _candidate_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in found) or not isinstance(module, nn.ModuleList):
+            continue
+        if len({type(entry) for entry in module}) == 1 and all(any(True for _ in e.parameters()) for e in module):
+            found[name] = module
+    return found
+
+
+def _choose(model: nn.Module, candidates: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
+    no_split = set(getattr(model, "_no_split_modules", None) or ())
+    preferred = {n: m for n, m in candidates.items() if type(m[0]).__name__ in no_split} or candidates
+    if len(preferred) < 2 or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return preferred
+    largest = max(preferred, key=lambda name: sum(p.numel() for p in preferred[name].parameters()))
+    return {largest: preferred[largest]}
+
+
+def _describe(candidates: dict[str, nn.ModuleList]) -> str:
+    if not candidates:
+        return "The model has no such list."
+    return "Found: " + ", ".join(f"{name} ({len(m)} x {type(m[0]).__name__})" for name, m in candidates.items()) + "."

@@ -1,0 +1,224 @@
+"""Turns calibration data, in whichever form it comes, into batches that a model's forward takes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, default_collate
+
+Batch = dict[str, Any]
+
+#: Tokens of a sample that the model writes itself: the paper's samples are this short, and longer ones take minutes.
+SELF_WRITTEN_LENGTH = 128
+_TEXT_KEYS = ("input_ids", "messages", "text")
+
+
+def calibration_batches(
+    model: nn.Module, data: Any, *, tokenizer: Any = None, samples: int, max_length: int, batch_size: int
+) -> list[Batch]:
+    """Batches of keyword arguments for `model.forward`, on the CPU, at most `samples` samples in all.
+
+    From a sequence with more than `samples` entries evenly spaced ones are taken; from an iterator the first ones.
+    Token sequences are sorted by length and padded on the right, so that a batch holds little padding.
+
+    Args:
+        model: the model the batches are for; its `name_or_path` names the tokenizer if none is given.
+        data: `list[str]`, `list[dict]` with "input_ids", "messages" or "text" (or tensors of any other name, which are
+            stacked), a `datasets.Dataset`, any iterable of these, a `DataLoader` of batches, the path of a .txt
+            (a sample a line), .json or .jsonl file, or `None`: the model writes its own text.
+        tokenizer: tokenizer for texts and messages.
+        samples: how many samples at most.
+        max_length: tokens a sample is cut to.
+        batch_size: samples a batch (a `DataLoader` keeps its own).
+
+    Raises:
+        ValueError: if there are no samples, a sample has no tokens, or its form is unknown.
+        FileNotFoundError: if a path names no file.
+    """
+    if isinstance(data, DataLoader):
+        batches = list(_take_from_loader(data, samples))
+    else:
+        if data is None:
+            drawn: list[Any] = write_calibration_samples(model, samples, min(max_length, SELF_WRITTEN_LENGTH))
+        else:
+            drawn = _draw(_read_file(data) if isinstance(data, (str, os.PathLike)) else data, samples)
+        encoded = [
+            _encode(sample, index, model, tokenizer, max_length) for index, sample in enumerate(drawn)
+        ]
+        encoded.sort(key=lambda sample: len(sample["input_ids"]) if "input_ids" in sample else 0)
+        batches = [_collate(encoded[i : i + batch_size]) for i in range(0, len(encoded), batch_size)]
+    if not batches:
+        raise ValueError(
+            f"The calibration data ({type(data).__name__}) holds no samples. Give at least one text; 50 to 100 are "
+            "usual. With None the model writes its own."
+        )
+    return batches
+
+
+def batch_sample_count(batch: Batch) -> int:
+    """Number of samples in a batch: the first dimension of its first tensor."""
+    return next(value.shape[0] for value in batch.values() if isinstance(value, torch.Tensor))
+
+
+def write_calibration_samples(model: nn.Module, count: int, length: int, seed: int = 0) -> list[Batch]:
+    """Let the model write calibration text: sampled from its BOS token at temperature 1.
+
+    The global random state is left as it was.
+
+    Args:
+        model: a transformers model that can generate.
+        count: number of samples.
+        length: tokens a sample, BOS included; a sample ends earlier where the model ends it.
+        seed: seed of the sampling. Default 0.
+
+    Returns:
+        `count` dicts with "input_ids", a list of ints.
+
+    Raises:
+        ValueError: if the model can't generate text or has no BOS token.
+    """
+    config = getattr(model, "generation_config", None)
+    start = next((t for t in (getattr(config, n, None) for n in ("bos_token_id", "eos_token_id")) if t is not None), None)
+    if not hasattr(model, "generate") or config is None or start is None or model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} can't write its own calibration text (it needs generate() and a BOS token). Pass "
+            "calibration_data, for instance 50 to 100 texts of your domain."
+        )
+    start = start[0] if isinstance(start, list) else start
+    device = next(model.parameters()).device
+    prompt = torch.full((count, 1), start, dtype=torch.long, device=device)
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            written = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=max(length - 1, 1),
+                pad_token_id=start,
+            )
+    finally:
+        for module in was_training:
+            module.training = True
+    end = config.eos_token_id
+    ends = set(end if isinstance(end, list) else [end])
+    return [{"input_ids": _cut_after_end(row.tolist(), ends)} for row in written]
+
+
+def _cut_after_end(tokens: list[int], ends: set[int | None]) -> list[int]:
+    stop = next((i for i, token in enumerate(tokens) if i > 0 and token in ends), len(tokens) - 1)
+    return tokens[: stop + 1]
+
+
+def _draw(data: Any, samples: int) -> list[Any]:
+    """At most `samples` entries of `data`: evenly spaced ones if its length is known, else the first."""
+    if not isinstance(data, Iterable):
+        raise ValueError(
+            f"calibration data is a {type(data).__name__}; allowed: a list of texts or dicts, a Dataset, a DataLoader, "
+            "or the path of a .txt, .json or .jsonl file"
+        )
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or isinstance(data, Mapping):
+        return list(islice(data, samples))
+    total = len(data)  # type: ignore[arg-type]
+    if total <= samples:
+        return list(data)
+    return [data[i * total // samples] for i in range(samples)]  # type: ignore[index]
+
+
+def _read_file(path: str | os.PathLike[str]) -> Sequence[Any]:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"calibration data is the path {str(path)!r}, and there is no such file. Give an existing .txt, .json or "
+            ".jsonl file; texts themselves go into a list."
+        )
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        return json.loads(text)
+    lines = [line for line in text.splitlines() if line.strip()]
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in lines]
+    if path.suffix == ".txt":
+        return lines
+    raise ValueError(f"calibration file {str(path)!r} ends in {path.suffix!r}; allowed: .txt, .json, .jsonl")
+
+
+def _encode(sample: Any, index: int, model: nn.Module, tokenizer: Any, max_length: int) -> Batch:
+    """One sample as a dict of lists of token ids, or of tensors for a sample that is not text."""
+    if isinstance(sample, str):
+        sample = {"text": sample}
+    if not isinstance(sample, Mapping):
+        raise ValueError(
+            f"calibration sample {index} is a {type(sample).__name__}; allowed: a str, or a dict with one of "
+            f"{list(_TEXT_KEYS)}"
+        )
+    if "input_ids" in sample:
+        tokens = torch.as_tensor(sample["input_ids"]).flatten().tolist()
+    elif "messages" in sample:
+        chat = (tokenizer or _load_tokenizer(model)).apply_chat_template(sample["messages"], return_dict=True)
+        tokens = chat["input_ids"]
+    elif "text" in sample:
+        tokens = (tokenizer or _load_tokenizer(model))(sample["text"], truncation=True, max_length=max_length).input_ids
+    else:
+        tensors = {key: torch.as_tensor(value) for key, value in sample.items() if not isinstance(value, str)}
+        if not tensors:
+            raise ValueError(f"calibration sample {index} has keys {sorted(sample)}; it needs one of {list(_TEXT_KEYS)}")
+        return tensors
+    if not tokens:
+        raise ValueError(f"calibration sample {index} has no tokens: {str(sample)[:80]!r}. Remove empty samples.")
+    return {"input_ids": tokens[:max_length]}
+
+
+def _load_tokenizer(model: nn.Module) -> Any:
+    from transformers import AutoTokenizer
+
+    name = getattr(model, "name_or_path", None)
+    try:
+        if not name:
+            raise OSError("the model has no name_or_path")
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"calibration data is text, and no tokenizer could be loaded for {type(model).__name__} ({name!r}: {error}). "
+            "Pass calibration_tokenizer, or samples with 'input_ids'."
+        ) from error
+
+
+def _collate(samples: list[Batch]) -> Batch:
+    if "input_ids" not in samples[0]:
+        return default_collate(samples)
+    length = max(len(sample["input_ids"]) for sample in samples)
+    input_ids = torch.zeros(len(samples), length, dtype=torch.long)
+    attention_mask = torch.zeros(len(samples), length, dtype=torch.long)
+    for row, sample in enumerate(samples):
+        tokens = torch.tensor(sample["input_ids"])
+        input_ids[row, : len(tokens)] = tokens
+        attention_mask[row, : len(tokens)] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def _take_from_loader(loader: DataLoader, samples: int) -> Iterator[Batch]:
+    taken = 0
+    for batch in loader:
+        if taken >= samples:
+            return
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"the calibration DataLoader yields a {type(batch).__name__}; each batch must be a dict of tensors, as "
+                "model(**batch) takes it"
+            )
+        size = min(batch_sample_count(dict(batch)), samples - taken)
+        taken += size
+        yield {key: value[:size] if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

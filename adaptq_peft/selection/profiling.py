@@ -1,0 +1,221 @@
+"""Algorithm 1: how strongly each block responds to the domain data."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .blocks import Block, find_blocks
+from .calibration import Batch, batch_sample_count, calibration_batches
+
+RECOMMENDED_SAMPLES = 50
+
+
+@dataclass(frozen=True)
+class ActivationProfile:
+    """Activation statistics of the L blocks of a model, each averaged over samples.
+
+    Args:
+        magnitude: a_l, the mean over samples of mean(abs(H_l)), H_l the output of block l; L floats.
+        update: mean of norm(H_l - H_(l-1)) / norm(H_(l-1)) over tokens, then over samples; L floats.
+        num_samples: samples profiled.
+        num_tokens: tokens profiled, padding not counted.
+        general_magnitude: a_l on general data; `None` if no general data was given.
+    """
+
+    magnitude: list[float]
+    update: list[float]
+    num_samples: int
+    num_tokens: int
+    general_magnitude: list[float] | None = None
+
+
+def profile_activations(
+    model: nn.Module,
+    data: Any = None,
+    *,
+    general_data: Any = None,
+    tokenizer: Any = None,
+    samples: int = 100,
+    max_length: int = 512,
+    batch_size: int = 8,
+    layers_pattern: str | None = None,
+) -> ActivationProfile:
+    """Profile the blocks of a model on calibration data (Algorithm 1 of the paper).
+
+    Forward passes only, stopped after the last block; running sums in float32; no activation is kept. Padding tokens
+    do not count. Hooks, training mode and flags of the model are as before afterwards, also after an error.
+
+    Args:
+        model: a model with transformer blocks, on its device.
+        data: calibration data of the domain, in any form that `AdaptQConfig.calibration_data` takes. Default `None`:
+            the model writes its own text, with a warning.
+        general_data: general text in the same forms, for strategies that compare. Default `None`.
+        tokenizer: tokenizer for texts. Default `None`: that of the model's `name_or_path`.
+        samples: samples used at most. Default 100; fewer than 50 gives a warning.
+        max_length: tokens a sample is cut to. Default 512.
+        batch_size: samples in a forward pass. Default 8.
+        layers_pattern: name of the list of blocks, where it can't be found.
+
+    Raises:
+        ValueError: if no blocks are found, the data is empty or in an unknown form, or activations are not finite.
+    """
+    blocks = find_blocks(model, layers_pattern)
+    if data is None:
+        warnings.warn(
+            "No calibration data: the model writes its own text to profile. Domain data selects better; pass "
+            "calibration_data.",
+            stacklevel=2,
+        )
+    options = {"tokenizer": tokenizer, "samples": samples, "max_length": max_length, "batch_size": batch_size}
+    sums = _profile_batches(model, blocks, calibration_batches(model, data, **options))
+    if sums.num_samples < RECOMMENDED_SAMPLES:
+        warnings.warn(
+            f"Profiled {sums.num_samples} calibration samples; the paper's limit is {RECOMMENDED_SAMPLES}. The "
+            "selection may change with the sample.",
+            stacklevel=2,
+        )
+    general = None
+    if general_data is not None:
+        general = _profile_batches(model, blocks, calibration_batches(model, general_data, **options))
+    return ActivationProfile(
+        magnitude=sums.mean_magnitude(),
+        update=sums.mean_update(),
+        num_samples=sums.num_samples,
+        num_tokens=sums.num_tokens,
+        general_magnitude=general.mean_magnitude() if general else None,
+    )
+
+
+class _StopForward(Exception):
+    """Ends a forward pass after the last block."""
+
+
+class _RunningSums:
+    """Sums over samples of the statistics of each block, fed by forward hooks."""
+
+    def __init__(self, blocks: list[Block]) -> None:
+        self.blocks = blocks
+        self.magnitude: list[torch.Tensor | float] = [0.0] * len(blocks)
+        self.update: list[torch.Tensor | float] = [0.0] * len(blocks)
+        self.num_samples = 0
+        self.num_tokens = 0
+        self._masks: list[torch.Tensor] = []
+
+    def begin(self, batch: Batch) -> None:
+        """Take note of the batch that the next forward pass runs on."""
+        masks = (batch.get("attention_mask"), batch.get("decoder_attention_mask"))
+        self._masks = [mask for mask in masks if mask is not None]
+        for mask in self._masks:
+            empty = (mask.sum(dim=-1) == 0).nonzero().flatten().tolist()
+            if empty:
+                raise ValueError(
+                    f"calibration sample {self.num_samples + empty[0]} has no tokens: its attention mask is all zero. "
+                    "Remove empty samples."
+                )
+        self.num_samples += batch_sample_count(batch)
+        if self._masks:
+            self.num_tokens += int(self._masks[0].sum())
+        elif "input_ids" in batch:
+            self.num_tokens += batch["input_ids"].numel()
+
+    def add(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Add block `index`, with input `before` and output `after`, both [samples, tokens, features]."""
+        if before.shape != after.shape:
+            raise ValueError(
+                f"block {index} ({self.blocks[index].name}) turns hidden states of shape {tuple(before.shape)} into "
+                f"{tuple(after.shape)}; only blocks that keep the shape can be profiled. Give layers_to_transform."
+            )
+        magnitude = torch.linalg.vector_norm(after, ord=1, dim=-1, dtype=torch.float32) / after.shape[-1]
+        change = torch.linalg.vector_norm(after - before, dim=-1, dtype=torch.float32)
+        update = change / torch.linalg.vector_norm(before, dim=-1, dtype=torch.float32).clamp_min(1e-12)
+        self.magnitude[index] += self._sample_means(magnitude).sum()
+        self.update[index] += self._sample_means(update).sum()
+
+    def _sample_means(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean over the real tokens of each sample: [samples, tokens] to [samples]."""
+        mask = next((m for m in self._masks if m.shape == values.shape), None)
+        if mask is None:
+            return values.flatten(1).mean(dim=1)
+        weights = mask.to(values)
+        return (values * weights).sum(dim=1) / weights.sum(dim=1)
+
+    def mean_magnitude(self) -> list[float]:
+        """a_l for each block. Raises ValueError, naming the first block whose activations are not finite."""
+        means = [float(total) / self.num_samples for total in self.magnitude]
+        for block, mean in zip(self.blocks, means, strict=True):
+            if not torch.isfinite(torch.tensor(mean)):
+                raise ValueError(
+                    f"block {block.index} ({block.name}) has activations that are not finite on the calibration data. "
+                    "Load the model in bfloat16 or float32, or look for a broken weight in it."
+                )
+        return means
+
+    def mean_update(self) -> list[float]:
+        """The relative change of each block, averaged over samples."""
+        return [float(total) / self.num_samples for total in self.update]
+
+
+def _profile_batches(model: nn.Module, blocks: list[Block], batches: list[Batch]) -> _RunningSums:
+    device = next(model.parameters()).device
+    sums = _RunningSums(blocks)
+    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    progress = tqdm(batches, desc="Profiling activations", unit="batch", delay=2)
+    with _evaluation_mode(model), _hooks(blocks, sums), torch.no_grad():
+        for batch in progress:
+            on_device = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
+            sums.begin(on_device)
+            try:
+                model(**{**extra, **on_device})
+            except _StopForward:
+                continue
+            raise ValueError(
+                f"the last block {blocks[-1].name} did not run in a forward pass of {type(model).__name__}; check "
+                "layers_pattern"
+            )
+    return sums
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _hooks(blocks: list[Block], sums: _RunningSums) -> Iterator[None]:
+    handles = []
+    try:
+        for block in blocks:
+            handles.append(block.module.register_forward_hook(_recorder(block.index, sums), with_kwargs=True))
+        last = blocks[-1].module.register_forward_hook(_stop)
+        handles.append(last)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _recorder(index: int, sums: _RunningSums) -> Any:
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        sums.add(index, before, output if isinstance(output, torch.Tensor) else output[0])
+
+    return record
+
+
+def _stop(module: nn.Module, args: Any, output: Any) -> None:
+    raise _StopForward

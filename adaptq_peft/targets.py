@@ -1,0 +1,74 @@
+"""Which layers of a model get deltas."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import AdaptQConfig
+from .layer import AdaptQLayer
+from .quantization import is_quantized
+from .selection import Block
+
+
+def find_targets(model: nn.Module, adapted: list[Block] | None, config: AdaptQConfig) -> list[str]:
+    """Dotted names of the layers that get deltas: those with parameters of their own, in the adapted blocks.
+
+    Args:
+        model: the model, with or without other adapters.
+        adapted: the adapted blocks; `None`: the whole model, for a model without blocks.
+        config: its `target_modules`, `exclude_modules` and `modules_to_save` narrow the choice.
+
+    Raises:
+        ValueError: if a layer can't get deltas: it is quantized already, or holds both parameters and other layers.
+    """
+    prefixes = None if adapted is None else tuple(f"{block.name}." for block in adapted)
+    targets: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{target}.") for target in targets)
+        if inside or not name or (prefixes is not None and not name.startswith(prefixes)):
+            continue
+        layer = module.base_layer if isinstance(module, AdaptQLayer) else module
+        if any(True for _ in layer.parameters(recurse=False)) and is_targeted(name, layer, config):
+            _check_supported(name, layer)
+            targets.append(name)
+    return targets
+
+
+def is_targeted(name: str, layer: nn.Module, config: AdaptQConfig) -> bool:
+    """Whether PEFT's rules for `target_modules`, `exclude_modules` and `modules_to_save` choose a layer."""
+    target_modules = config.target_modules
+    if target_modules == "all-linear":
+        target_modules = [name] if isinstance(layer, (nn.Linear, Conv1D)) else []
+    return _matches(name, [name] if target_modules is None else target_modules, config)
+
+
+def is_excluded(name: str, config: AdaptQConfig) -> bool:
+    """Whether `exclude_modules` or `modules_to_save` names a layer."""
+    return not _matches(name, [name], config)
+
+
+def _matches(name: str, target_modules: list[str] | str, config: AdaptQConfig) -> bool:
+    rules = SimpleNamespace(
+        target_modules=target_modules,
+        exclude_modules=config.exclude_modules,
+        modules_to_save=config.modules_to_save,
+        target_parameters=None,
+    )
+    return bool(check_target_module_exists(rules, name))
+
+
+def _check_supported(name: str, layer: nn.Module) -> None:
+    if is_quantized(layer):
+        raise ValueError(
+            f"{name} is quantized already, and an adapted block needs its original weights. Load the model without a "
+            "quantization_config, or with one whose llm_int8_skip_modules names the adapted blocks."
+        )
+    if any(True for _ in layer.children()):
+        raise ValueError(
+            f"{name} ({type(layer).__name__}) holds both parameters of its own and other layers, which can't get deltas. "
+            "Leave it out with exclude_modules, or choose layers with target_modules."
+        )
