@@ -11,9 +11,10 @@ from typing import Any, Optional, Union
 
 import torch
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import BitsAndBytesConfig
 
+from .checkpoint import check_weights_file
 from .quantization import QUANTIZATION_NAMES
 from .registration import ensure_peft_type
 from .selection import ActivationProfile, selection_strategy_names, strategy_needs_general_profile
@@ -127,6 +128,21 @@ class AdaptQConfig(PeftConfig):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in RUNTIME_FIELDS}
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> AdaptQConfig:
+        """As in PEFT. A weights file beside the config is checked to be complete, before a model is prepared for it.
+
+        Raises:
+            ValueError: if there is no config, it is not valid, or the weights file is truncated.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        weights = os.path.join(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if os.path.isfile(weights):
+            check_weights_file(weights)
+        return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json` into `save_directory`, atomically: a crash leaves the previous file."""

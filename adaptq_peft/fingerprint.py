@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Collection
 from typing import Any
 
@@ -29,7 +30,8 @@ def fingerprint_base(model: nn.Module, blocks: list[Block], adapted: Collection[
         adapted: indices of the blocks that are adapted.
 
     Returns:
-        `name_or_path`, `model_type`, `num_blocks`, `dtype` and `samples`: {tensor name: [shape, values]}.
+        `name_or_path`, `model_type`, `num_blocks`, `dtype` and `samples`: {tensor name: "shape: values"}, each value as
+        the hexadecimal digits of a float32.
     """
     skipped = {
         f"{block.name}.{name}"
@@ -47,7 +49,7 @@ def fingerprint_base(model: nn.Module, blocks: list[Block], adapted: Collection[
         "model_type": getattr(config, "model_type", None) or type(model).__name__,
         "num_blocks": len(blocks),
         "dtype": str(tensors[names[0]].dtype).removeprefix("torch.") if names else None,
-        "samples": {name: [list(tensors[name].shape), _sample(tensors[name])] for name in chosen},
+        "samples": {name: _sample(tensors[name]) for name in chosen},
     }
 
 
@@ -74,19 +76,17 @@ def _first_difference(saved: dict[str, Any], found: dict[str, Any]) -> str | Non
     if saved["samples"].keys() != found["samples"].keys():
         return f"parameters have other names, for instance {sorted(saved['samples'].keys() ^ found['samples'].keys())[0]}"
     exact = saved["dtype"] == found["dtype"]
-    differing = [
-        name
-        for name, (shape, values) in saved["samples"].items()
-        if shape != found["samples"][name][0] or not _equal(values, found["samples"][name][1], exact)
-    ]
+    differing = [name for name, sample in saved["samples"].items() if not _equal(sample, found["samples"][name], exact)]
     if differing:
         return f"{len(differing)} of {len(saved['samples'])} sampled tensors differ, the first is {differing[0]}"
     return None
 
 
-def _equal(saved: list[float], found: list[float], exact: bool) -> bool:
-    tolerance = 0.0 if exact else DTYPE_TOLERANCE
-    return all(abs(a - b) <= tolerance * abs(a) + (0.0 if exact else 1e-6) for a, b in zip(saved, found, strict=True))
+def _equal(saved: str, found: str, exact: bool) -> bool:
+    if exact or saved == found:
+        return saved == found
+    (saved_shape, a), (found_shape, b) = _parse(saved), _parse(found)
+    return saved_shape == found_shape and bool(torch.isclose(b, a, rtol=DTYPE_TOLERANCE, atol=1e-6).all())
 
 
 def _describe(fingerprint: dict[str, Any]) -> str:
@@ -105,8 +105,14 @@ def _base_parameters(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return own
 
 
-def _sample(tensor: torch.Tensor) -> list[float]:
+def _sample(tensor: torch.Tensor) -> str:
     flat = tensor.detach().flatten()
     count = min(VALUES_PER_TENSOR, len(flat))
-    positions = [(2 * i + 1) * len(flat) // (2 * count) for i in range(count)]
-    return flat[positions].float().tolist() if count else []
+    values = flat[[(2 * i + 1) * len(flat) // (2 * count) for i in range(count)]].float().tolist() if count else []
+    return f"{'x'.join(map(str, tensor.shape))}: {struct.pack(f'>{count}f', *values).hex(' ', 4)}"
+
+
+def _parse(sample: str) -> tuple[str, torch.Tensor]:
+    shape, _, digits = sample.partition(": ")
+    data = bytes.fromhex(digits)
+    return shape, torch.tensor(struct.unpack(f">{len(data) // 4}f", data))

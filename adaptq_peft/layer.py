@@ -64,6 +64,12 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
         self.adaptq_delta[adapter_name] = Delta(differences)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def remove_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter that was not finished, without choosing another active one as `delete_adapter` does."""
+        if adapter_name in self.adaptq_delta:
+            del self.adaptq_delta[adapter_name]
+            del self.scaling[adapter_name]
+
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set s in W0 + s * delta for one adapter. Unknown adapters are ignored, as in other PEFT layers."""
         if adapter in self.scaling:

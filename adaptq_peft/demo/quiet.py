@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from transformers.utils import logging as transformers_logging
 
 NOISY_LOGGERS = ("transformers", "bitsandbytes")
+PEFT_READS_OLD_NAME = "`is_gradient_checkpointing` is deprecated"
 
 
 @contextmanager
@@ -21,7 +23,9 @@ def quiet_libraries() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=PEFT_READS_OLD_NAME, category=FutureWarning)
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -1,0 +1,79 @@
+"""Keeps autograd out of the blocks below the lowest trained one.
+
+Nothing there is trained, so a plain forward records nothing. Two habits of trainers undo that: they make the
+embeddings' output require gradients, and they checkpoint every block. Both exist for the trained blocks only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class FrozenPrefix:
+    """The blocks of a model, of which those below the lowest trained one run without autograd.
+
+    Args:
+        model: the base model.
+        block_names: dotted names of its blocks, in the order in which they run.
+    """
+
+    def __init__(self, model: nn.Module, block_names: list[str]) -> None:
+        self._model = model
+        self._block_names = block_names
+        self._hook: Any = None
+
+    def trained_from(self) -> int:
+        """Index of the lowest block with a trainable parameter; 0 if there is none."""
+        for index, name in enumerate(self._block_names):
+            if any(parameter.requires_grad for parameter in self._model.get_submodule(name).parameters()):
+                return index
+        return 0
+
+    def enable_input_require_grads(self) -> None:
+        """Make the input of the lowest trained block require gradients, which reentrant checkpointing needs.
+
+        transformers marks the output of the embeddings instead; then every block below is differentiated for nothing.
+        """
+        self.disable_input_require_grads()
+        if not self._block_names:
+            self._model.enable_input_require_grads()
+            return
+        block = self._model.get_submodule(self._block_names[self.trained_from()])
+        self._hook = block.register_forward_pre_hook(_require_grad, with_kwargs=True)
+
+    def disable_input_require_grads(self) -> None:
+        """Undo `enable_input_require_grads`, whether it was called here or on the model."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        if hasattr(self._model, "disable_input_require_grads"):
+            self._model.disable_input_require_grads()
+
+    def take_over(self) -> None:
+        """If something called `enable_input_require_grads` on the model itself, do it the cheaper way instead."""
+        if self._block_names and getattr(self._model, "_require_grads_hooks", None):
+            self.enable_input_require_grads()
+
+    def refresh(self) -> None:
+        """Follow a change of the trained blocks."""
+        if self._hook is not None:
+            self.enable_input_require_grads()
+
+    def enable_checkpointing(self, enable: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Call `enable`, the model's own method, then leave the blocks below the lowest trained one out."""
+        enable(*args, **kwargs)
+        self.enable_input_require_grads()
+        for name in self._block_names[: self.trained_from()]:
+            for module in self._model.get_submodule(name).modules():
+                if getattr(module, "gradient_checkpointing", False):
+                    module.gradient_checkpointing = False  # type: ignore[assignment]
+
+
+def _require_grad(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    if torch.is_grad_enabled() and not hidden_states.requires_grad:
+        hidden_states.requires_grad_(True)
