@@ -25,7 +25,7 @@ def demo(
     output_dir: Annotated[Path, typer.Option(help="Folder for the report, the figures and the adapter.")] = Path(
         "runs/demo"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of the order of the training samples.")] = 0,
     ratio: Annotated[float, typer.Option(help="Share of the blocks that is adapted, above 0 and at most 1.")] = 0.5,
 ) -> None:

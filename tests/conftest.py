@@ -24,19 +24,18 @@ def pytest_collection_modifyitems(items):
 
 def make_llama(num_layers: int = 4, seed: int = 0, **changes) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=2,
-        **changes,
-    )
-    return LlamaForCausalLM(config)
+    defaults = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**defaults, **changes}))
 
 
 def make_gpt2(num_layers: int = 4, seed: int = 0, **changes) -> GPT2LMHeadModel:

@@ -54,7 +54,7 @@ def show_profile(console: Console, magnitude: Sequence[float], adapted: Collecti
     for block, value in enumerate(magnitude):
         chosen = block in adapted
         bar = Bar(size=max(magnitude), begin=0, end=value, width=44, color="blue" if chosen else "bright_black")
-        table.add_row(str(block), f"{value:.3f}", bar, "[blue]adapted[/]" if chosen else "[dim]frozen, quantized[/]")
+        table.add_row(str(block), f"{value:.3f}", bar, "[blue]adapted[/]" if chosen else "[dim]quantized[/]")
     console.print(table)
     if list(adapted) == list(range(len(magnitude) - len(adapted), len(magnitude))):
         console.print("[dim]These are simply the last blocks: activations add up along the depth of such a model.[/]")
@@ -88,7 +88,7 @@ def show_perplexities(console: Console, stages: Mapping[str, Mapping[str, Perple
 
 def show_changes(console: Console, changes: Mapping[str, Mapping[str, float]]) -> None:
     """Print the change of perplexity against the base, split into what quantization and what training brought."""
-    table = Table(title="Change of perplexity against the 16-bit base (+ is worse)", title_justify="left")
+    table = Table(title="Change against the 16-bit base (+ is worse)", title_justify="left")
     for name in ("text", "quantization", "training", "total"):
         table.add_column(name, justify="left" if name == "text" else "right")
     for text, parts in changes.items():

@@ -16,7 +16,7 @@ STAGE_COLORS = {"base": "#718096", "quantized": "#dd6b20", "trained": ADAPTED_CO
 
 
 def plot_profile(magnitude: Sequence[float], update: Sequence[float], adapted: Collection[int], path: Path) -> None:
-    """Draw the profile as bars, one per block, the adapted blocks in blue, and write it as a PNG.
+    """Draw the profile, block by block, the adapted blocks in blue, and write it as a PNG.
 
     Args:
         magnitude: Mean absolute activation of each block.
@@ -38,14 +38,15 @@ def plot_profile(magnitude: Sequence[float], update: Sequence[float], adapted: C
     top.set_title(f"Activation profile: {len(adapted)} of {len(magnitude)} blocks adapted", loc="left", fontsize=11)
     top.legend(
         handles=[
-            Patch(color=ADAPTED_COLOR, label="adapted, 16 bits"),
+            Patch(color=ADAPTED_COLOR, label="adapted, not quantized"),
             Patch(color=FROZEN_COLOR, label="frozen, quantized"),
         ],
         frameon=False,
     )
-    bottom.bar(range(len(update)), update, color=colors)
+    bottom.scatter(range(len(update)), update, color=colors)
     bottom.set_ylabel("relative update of the input")
     bottom.set_xlabel("block")
+    bottom.set_xlim(-0.7, len(update) - 0.3)
     bottom.set_yscale("log")  # the first block changes its input many times more than the rest
     _write(figure, path)
 

@@ -26,7 +26,7 @@ class DemoSettings:
     """
 
     output_dir: Path = Path("runs/demo")
-    steps: int = 60
+    steps: int = 100
     seed: int = 0
     ratio: float = 0.5
     learning_rate: float = 2e-4

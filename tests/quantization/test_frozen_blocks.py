@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from adaptq_peft.quantization import QuantizedSwap, dequantize_frozen, is_quantized, resolve_quantization
+from adaptq_peft.quantization import frozen_blocks as frozen_blocks_module
+from adaptq_peft.selection import find_blocks
+
+NF4 = resolve_quantization("nf4")
+
+
+def make_swap(model, indices=(0, 1), settings=NF4, is_excluded=lambda name: False):
+    blocks = find_blocks(model)
+    return QuantizedSwap(model, [blocks[i] for i in indices], settings, is_excluded)
+
+
+def test_only_linears_of_the_given_blocks_are_swapped(model):
+    swap = make_swap(model)
+    assert not any(is_quantized(module) for module in model.modules())
+    swap.commit()
+    for block in find_blocks(model):
+        linears = [m for m in block.module.modules() if isinstance(m, (nn.Linear, Conv1D)) or is_quantized(m)]
+        assert linears
+        assert all(is_quantized(m) == (block.index < 2) for m in linears)
+    assert not is_quantized(model.get_output_embeddings())
+    assert len(swap.report.swapped) == len([m for m in model.modules() if is_quantized(m)])
+    assert swap.report.left == {}
+
+
+def test_no_settings_swaps_nothing(llama):
+    swap = make_swap(llama, settings=None)
+    swap.commit()
+    assert swap.report.swapped == {}
+
+
+def test_what_is_left_is_reported(llama):
+    llama.model.layers[0].self_attn.k_proj.weight = llama.model.layers[1].self_attn.k_proj.weight
+    swap = make_swap(llama, is_excluded=lambda name: name.endswith("o_proj"))
+    assert swap.report.left == {
+        "model.layers.0.self_attn.k_proj": "its weight is shared with another module",
+        "model.layers.0.self_attn.o_proj": "named in exclude_modules or modules_to_save",
+        "model.layers.1.self_attn.k_proj": "its weight is shared with another module",
+        "model.layers.1.self_attn.o_proj": "named in exclude_modules or modules_to_save",
+    }
+
+
+def test_a_failure_in_the_middle_names_the_layer_and_touches_nothing(llama, monkeypatch):
+    def fail_late(linear, settings):
+        if linear is llama.model.layers[1].mlp.up_proj:
+            raise RuntimeError("out of memory")
+        return nn.Identity()
+
+    monkeypatch.setattr(frozen_blocks_module, "quantize_linear", fail_late)
+    before = list(llama.modules())
+    with pytest.raises(
+        ValueError, match=r"quantizing model\.layers\.1\.mlp\.up_proj of frozen block 1 failed: out of memory"
+    ):
+        make_swap(llama)
+    assert list(llama.modules()) == before
+
+
+def test_dequantizing_restores_classes_names_and_dtypes(model):
+    model.bfloat16()
+    shapes = {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
+    swap = make_swap(model)
+    swap.commit()
+    dequantize_frozen(model, swap.report.swapped)
+    assert {name: (p.shape, p.dtype) for name, p in model.named_parameters()} == shapes
+
+
+def test_the_weight_bytes_of_a_half_quantized_model(make_model):
+    """The issue's figure: 16-bit base, K = L/2, nested absmax: (4.127 + 16) / 32 = 0.629 of the original."""
+    model = make_model(num_layers=4, hidden_size=256, intermediate_size=512).bfloat16()
+
+    def linear_bytes():
+        total = 0
+        for block in find_blocks(model):
+            for module in block.module.modules():
+                if isinstance(module, nn.Linear):
+                    state = getattr(module.weight, "quant_state", None)
+                    total += module.weight.nbytes
+                    if state is not None:
+                        total += state.absmax.nbytes + state.state2.absmax.nbytes
+        return total
+
+    before = linear_bytes()
+    make_swap(model).commit()
+    assert linear_bytes() / before <= 0.63
+    assert linear_bytes() / before == pytest.approx((4.127 + 16) / 32, abs=2e-3)
+
+
+def test_multihead_attention_keeps_its_output_projection():
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.TransformerEncoderLayer(64, 2, 64, batch_first=True)])
+    swap = make_swap(model, indices=[0])
+    assert swap.report.left == {"layers.0.self_attn.out_proj": "nn.MultiheadAttention reads its weight directly"}
+    swap.commit()
+    model.layers[0].train()
+    assert torch.isfinite(model.layers[0](torch.randn(1, 3, 64))).all()

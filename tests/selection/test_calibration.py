@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import DataLoader
+
+from adaptq_peft.selection.calibration import batch_sample_count, calibration_batches, write_calibration_samples
+
+
+class WordTokenizer:
+    """A tokenizer of words, as far as calibration uses one."""
+
+    def __call__(self, text, truncation, max_length):
+        return type("Encoding", (), {"input_ids": [len(word) for word in text.split()][:max_length]})
+
+    def apply_chat_template(self, messages, return_dict):
+        return {"input_ids": [len(message["content"]) for message in messages]}
+
+
+def batches(model, data, samples=100, max_length=16, batch_size=8, tokenizer=None):
+    return calibration_batches(
+        model,
+        data,
+        tokenizer=tokenizer or WordTokenizer(),
+        samples=samples,
+        max_length=max_length,
+        batch_size=batch_size,
+    )
+
+
+def tokens(found):
+    return sorted(
+        row[mask.bool()].tolist()
+        for batch in found
+        for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    )
+
+
+EXPECTED = [[1, 2], [3]]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ["a bb", "ccc"],
+        [{"text": "a bb"}, {"text": "ccc"}],
+        [{"input_ids": [1, 2]}, {"input_ids": torch.tensor([3])}],
+        [{"messages": [{"content": "a"}, {"content": "bb"}]}, {"messages": [{"content": "ccc"}]}],
+        Dataset.from_dict({"text": ["a bb", "ccc"]}),
+        (text for text in ["a bb", "ccc"]),
+    ],
+    ids=["texts", "dicts", "ids", "messages", "dataset", "generator"],
+)
+def test_every_form_gives_the_same_tokens(llama, data):
+    assert tokens(batches(llama, data)) == EXPECTED
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl"])
+def test_files(llama, tmp_path, suffix):
+    path = tmp_path / f"data{suffix}"
+    rows = [{"text": "a bb"}, {"text": "ccc"}]
+    contents = {".txt": "a bb\n\nccc\n", ".json": json.dumps(rows), ".jsonl": "\n".join(map(json.dumps, rows))}
+    path.write_text(contents[suffix])
+    assert tokens(batches(llama, str(path))) == EXPECTED
+    assert tokens(batches(llama, path)) == EXPECTED
+
+
+def test_a_data_loader_keeps_its_batches_up_to_the_number_of_samples(llama):
+    loader = DataLoader([{"input_ids": torch.tensor([i, i])} for i in range(10)], batch_size=4)
+    found = batches(llama, loader, samples=6)
+    assert [batch_sample_count(batch) for batch in found] == [4, 2]
+    assert found[1]["input_ids"].tolist() == [[4, 4], [5, 5]]
+
+
+def test_samples_that_are_not_text_are_stacked(llama):
+    found = batches(llama, [{"pixel_values": torch.ones(3, 2, 2)}] * 5, batch_size=4)
+    assert [batch["pixel_values"].shape for batch in found] == [(4, 3, 2, 2), (1, 3, 2, 2)]
+
+
+def test_samples_are_cut_and_evenly_drawn(llama):
+    found = batches(llama, [{"input_ids": [i] * 20} for i in range(100)], samples=4, max_length=3)
+    assert tokens(found) == [[0] * 3, [25] * 3, [50] * 3, [75] * 3]
+
+
+def test_batches_are_sorted_by_length_and_padded_on_the_right(llama):
+    found = batches(llama, [{"input_ids": [5] * n} for n in (3, 1, 2, 4)], batch_size=2)
+    assert found[0]["attention_mask"].tolist() == [[1, 0], [1, 1]]
+    assert found[1]["input_ids"].tolist() == [[5, 5, 5, 0], [5, 5, 5, 5]]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], r"The calibration data \(list\) holds no samples\. Give at least one text"),
+        ([{"input_ids": [1]}, {"input_ids": []}], r"calibration sample 1 has no tokens: .*Remove empty samples"),
+        ([3], r"calibration sample 0 is a int; allowed: a str, or a dict with one of"),
+        ([{"label": "x"}], r"calibration sample 0 has keys \['label'\]; it needs one of \['input_ids'"),
+        (3, r"calibration data is a int; allowed: a list of texts or dicts, a Dataset"),
+        (DataLoader([1, 2]), r"the calibration DataLoader yields a Tensor; each batch must be a dict of tensors"),
+    ],
+    ids=["empty", "no tokens", "number", "no text", "not iterable", "loader of tensors"],
+)
+def test_bad_data(llama, data, message):
+    with pytest.raises(ValueError, match=message):
+        batches(llama, data)
+
+
+def test_a_path_that_does_not_exist(llama):
+    with pytest.raises(FileNotFoundError, match=r"is the path 'legal\.txt', and there is no such file.*go into a list"):
+        batches(llama, "legal.txt")
+
+
+def test_a_file_of_unknown_kind(llama, tmp_path):
+    (tmp_path / "data.csv").write_text("a,b")
+    with pytest.raises(ValueError, match=r"ends in '\.csv'; allowed: \.txt, \.json, \.jsonl"):
+        batches(llama, tmp_path / "data.csv")
+
+
+def test_texts_without_a_tokenizer(llama):
+    with pytest.raises(ValueError, match=r"no tokenizer could be loaded for LlamaForCausalLM.*Pass calibration_tokeniz"):
+        calibration_batches(llama, ["text"], samples=1, max_length=4, batch_size=1)
+
+
+def test_the_model_writes_its_own_text_and_is_left_as_it_was(llama):
+    llama.train()
+    llama.model.layers[1].eval()
+    torch.manual_seed(7)
+    expected_draw = torch.rand(1)
+    torch.manual_seed(7)
+    written = write_calibration_samples(llama, count=5, length=9)
+    assert torch.rand(1) == expected_draw
+    assert llama.training
+    assert not llama.model.layers[1].training
+    assert len(written) == 5
+    assert all(sample["input_ids"][0] == 1 and 1 < len(sample["input_ids"]) <= 9 for sample in written)
+    assert write_calibration_samples(llama, count=5, length=9) == written
+    for sample in written:  # a sample ends with the token that ends it
+        assert 2 not in sample["input_ids"][1:-1]
+
+
+def test_a_model_that_cannot_write():
+    with pytest.raises(ValueError, match=r"Linear can't write its own calibration text.*Pass calibration_data"):
+        write_calibration_samples(nn.Linear(2, 2), count=1, length=4)

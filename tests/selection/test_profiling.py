@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from adaptq_peft import profile_activations
+from adaptq_peft.selection import find_blocks
+from adaptq_peft.selection.profiling import _hooks, _RunningSums, _StopForward
+
+
+def reference(model, sample_ids):
+    """Algorithm 1 written down directly: one sample at a time, all hidden states kept."""
+    magnitude, update = [], []
+    model.eval()
+    for ids in sample_ids:
+        states = []
+        blocks = model.model.layers if hasattr(model, "model") else model.transformer.h
+        handles = [blocks[0].register_forward_pre_hook(lambda m, args: states.append(args[0]))]
+        handles += [
+            block.register_forward_hook(lambda m, args, out: states.append(out if torch.is_tensor(out) else out[0]))
+            for block in blocks
+        ]
+        with torch.no_grad():
+            model(torch.tensor([ids]))
+        for handle in handles:
+            handle.remove()
+        magnitude.append([state.abs().mean() for state in states[1:]])
+        update.append(
+            [
+                ((after - before).norm(dim=-1) / before.norm(dim=-1)).mean()
+                for before, after in zip(states, states[1:], strict=False)
+            ]
+        )
+    return torch.tensor(magnitude).mean(0), torch.tensor(update).mean(0)
+
+
+def test_the_profile_is_algorithm_1_and_padding_does_not_count(model, samples):
+    profile = profile_activations(model, samples, batch_size=8)
+    magnitude, update = reference(model, [sample["input_ids"] for sample in samples])
+    torch.testing.assert_close(torch.tensor(profile.magnitude), magnitude, rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(profile.update), update, rtol=1e-5, atol=0)
+    assert profile.num_samples == 60
+    assert profile.num_tokens == sum(len(sample["input_ids"]) for sample in samples)
+
+
+def test_left_padding_in_a_users_own_batches_does_not_count(llama):
+    ids = torch.randint(3, 90, (50, 6))
+    padded = {"input_ids": torch.cat([torch.full((50, 4), 9), ids], 1), "attention_mask": torch.ones(50, 10)}
+    padded["attention_mask"][:, :4] = 0
+    padded["position_ids"] = (padded["attention_mask"].cumsum(-1) - 1).clamp_min(0).long()
+    loader = DataLoader([{k: v[i] for k, v in padded.items()} for i in range(50)], batch_size=10)
+    plain = profile_activations(llama, [{"input_ids": row} for row in ids])
+    torch.testing.assert_close(profile_activations(llama, loader).magnitude, plain.magnitude, rtol=1e-4, atol=0)
+
+
+def test_a_bfloat16_model_is_summed_in_float32(make_model, samples):
+    exact = profile_activations(make_model(), samples).magnitude
+    rounded = profile_activations(make_model().bfloat16(), samples).magnitude
+    torch.testing.assert_close(rounded, exact, rtol=2e-2, atol=0)
+
+
+def test_general_data_is_profiled_apart(llama, samples):
+    profile = profile_activations(llama, samples[:50], general_data=samples[10:])
+    assert profile.general_magnitude == pytest.approx(profile_activations(llama, samples[10:]).magnitude)
+    assert profile.general_magnitude != profile.magnitude
+
+
+def snapshot(model):
+    return (
+        [module.training for module in model.modules()],
+        [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+        [(p.requires_grad, p.grad is None) for p in model.parameters()],
+        model.config.to_dict(),
+    )
+
+
+def test_nothing_on_the_model_changes(llama, samples):
+    llama.train()
+    llama.model.layers[2].eval()
+    llama.model.layers[1].register_forward_hook(lambda *args: None)
+    before = snapshot(llama)
+    profile_activations(llama, samples)
+    assert snapshot(llama) == before
+    assert torch.is_grad_enabled()
+
+
+def test_nothing_on_the_model_changes_when_it_fails(llama, samples):
+    llama.train()
+    before = snapshot(llama)
+    llama.model.layers[3].self_attn.q_proj.register_forward_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        profile_activations(llama, samples)
+    llama.model.layers[3].self_attn.q_proj._forward_hooks.clear()
+    assert snapshot(llama) == before
+
+
+def test_the_pass_stops_after_the_last_block(llama, samples):
+    ran = []
+    llama.model.norm.register_forward_hook(lambda *args: ran.append("norm"))
+    llama.lm_head.register_forward_hook(lambda *args: ran.append("head"))
+    profile_activations(llama, samples)
+    assert ran == []
+
+
+def test_no_activation_is_kept(llama):
+
+    blocks = find_blocks(llama)
+    sums = _RunningSums(blocks)
+    ids = torch.randint(3, 90, (2, 5))
+    sums.begin({"input_ids": ids})
+    with torch.no_grad(), _hooks(blocks, sums), pytest.raises(_StopForward):
+        llama(ids)
+    assert all(value.numel() == 1 and value.dtype == torch.float32 for value in sums.magnitude + sums.update)
+
+
+def test_activations_that_are_not_finite_name_the_block(llama, samples):
+    llama.model.layers[2].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"block 2 \(model\.layers\.2\) has activations that are not finite"):
+        profile_activations(llama, samples)
+
+
+def test_a_sample_that_is_all_padding(llama):
+    rows = [{"input_ids": torch.tensor([3, 4]), "attention_mask": torch.tensor([int(i != 5)] * 2)} for i in range(8)]
+    with pytest.raises(ValueError, match=r"calibration sample 5 has no tokens: its attention mask is all zero"):
+        profile_activations(llama, DataLoader(rows, batch_size=4))
+
+
+def test_few_samples_give_a_warning(llama, samples):
+    with pytest.warns(UserWarning, match="Profiled 49 calibration samples; the paper's limit is 50"):
+        profile_activations(llama, samples[:49])
+
+
+def test_no_data_means_that_the_model_writes_it_with_a_warning(llama):
+    with pytest.warns(UserWarning, match="the model writes its own text to profile. Domain data selects better"):
+        profile = profile_activations(llama, samples=50, max_length=6)
+    assert profile.num_samples == 50
+
+
+class Widening(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 6)])
+
+    def forward(self, features):
+        for layer in self.layers:
+            features = layer(features)
+        return features
+
+
+def test_blocks_that_change_the_shape_cannot_be_profiled():
+    data = [{"features": torch.randn(3, 4)} for _ in range(50)]
+    with pytest.raises(ValueError, match=r"block 1 \(layers\.1\) turns hidden states of shape .*Give layers_to_transf"):
+        profile_activations(Widening(), data)
+
+
+def test_a_list_of_blocks_that_does_not_run(llama, samples):
+    llama.extra = nn.ModuleList([nn.Linear(64, 64)])
+    with pytest.raises(ValueError, match=r"the last block extra\.0 did not run in a forward pass of LlamaForCausalLM"):
+        profile_activations(llama, samples, layers_pattern="extra")

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from adaptq_peft.delta_linear import add_deltas, delta_linear
+
+
+def tensors(dtype=torch.float64, transposed=False, count=1, requires_grad=True):
+    torch.manual_seed(0)
+    shape = (4, 3) if transposed else (3, 4)
+    x = torch.randn(2, 5, 4, dtype=dtype, requires_grad=requires_grad)
+    weight = torch.randn(shape, dtype=dtype)
+    bias = torch.randn(3, dtype=dtype, requires_grad=requires_grad)
+    deltas = [torch.randn(shape, dtype=dtype, requires_grad=requires_grad) for _ in range(count)]
+    return x, weight, bias, deltas, [0.25, 2.0][:count]
+
+
+def plain(x, weight, bias, deltas, scales, transposed):
+    merged = weight + sum(scale * delta for scale, delta in zip(scales, deltas, strict=True))
+    return F.linear(x, merged.t() if transposed else merged, bias)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("count", [1, 2])
+def test_output_and_gradients_are_those_of_plain_autograd(transposed, count):
+    x, weight, bias, deltas, scales = tensors(transposed=transposed, count=count)
+    expected = plain(x, weight, bias, deltas, scales, transposed)
+    found = delta_linear(x, weight, bias, deltas, scales, transposed=transposed)
+    torch.testing.assert_close(found, expected)
+    grads = [
+        torch.autograd.grad((output**2).sum(), [x, bias, *deltas], retain_graph=True) for output in (found, expected)
+    ]
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradcheck_in_float64(transposed):
+    x, weight, bias, (delta,), scales = tensors(transposed=transposed)
+
+    def function(x, bias, delta):
+        return delta_linear(x, weight, bias, [delta], scales, transposed=transposed)
+
+    assert torch.autograd.gradcheck(function, (x, bias, delta))
+    assert torch.autograd.gradgradcheck(function, (x, bias, delta))
+
+
+def test_only_needed_gradients_are_computed():
+    x, weight, _, (delta,), scales = tensors()
+    delta_linear(x.detach(), weight, None, [delta], scales).sum().backward()
+    assert delta.grad is not None
+    assert x.grad is None
+    frozen = delta_linear(x, weight, None, [delta.detach()], scales)
+    frozen.sum().backward()
+    assert x.grad is not None
+
+
+def test_the_merged_weight_is_not_kept_for_backward():
+    x, weight, bias, deltas, scales = tensors()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        delta_linear(x, weight, bias, deltas, scales)
+    assert sorted(t.data_ptr() for t in saved) == sorted(t.data_ptr() for t in (x, weight, *deltas))
+
+
+def test_a_float32_delta_on_a_bfloat16_weight_is_added_in_float32_and_rounded_once():
+    torch.manual_seed(0)
+    base = torch.randn(64, 64).bfloat16()
+    delta = torch.randn(64, 64) * 1e-2
+    expected = (base.float() + 0.25 * delta).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(add_deltas(base, [delta], [0.25], torch.bfloat16), expected)
+    assert torch.equal(add_deltas(base, [delta], [0.25], torch.bfloat16), expected)
+    x = torch.randn(2, 64).bfloat16()
+    assert torch.equal(delta_linear(x, base, None, [delta], [0.25]), F.linear(x, expected))
+
+
+def test_gradients_come_in_the_dtype_of_the_delta():
+    delta = torch.zeros(3, 4, requires_grad=True)
+    x = torch.randn(2, 4).bfloat16()
+    delta_linear(x, torch.randn(3, 4).bfloat16(), None, [delta], [1.0]).float().sum().backward()
+    assert delta.grad.dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_the_gpu(dtype):
+    x, weight, bias, deltas, scales = tensors(requires_grad=False)
+    on_gpu = [t.to("cuda", dtype) for t in (x, weight, bias)]
+    found = delta_linear(*on_gpu, [deltas[0].to("cuda", dtype).requires_grad_()], scales)
+    torch.testing.assert_close(
+        found.double().cpu(), plain(x, weight, bias, deltas, scales, False), rtol=2e-2, atol=5e-2
+    )
+    found.float().sum().backward()
