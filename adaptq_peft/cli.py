@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -30,12 +30,24 @@ def demo(
     ratio: Annotated[float, typer.Option(help="Share of the blocks that is adapted, above 0 and at most 1.")] = 0.5,
 ) -> None:
     """Adapt SmolLM2-135M to 19th century political prose: profile, quantize, train, save, reload, report."""
-    from .demo.reload import ReloadError
-    from .demo.run import run_demo
     from .demo.settings import DemoSettings
 
     try:
-        run_demo(DemoSettings(output_dir=output_dir, steps=steps, seed=seed, ratio=ratio))
-    except (ReloadError, ModuleNotFoundError, ValueError) as error:
-        typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(code=1) from error
+        settings = DemoSettings(output_dir=output_dir, steps=steps, seed=seed, ratio=ratio)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    try:
+        from .demo.reload import ReloadError
+        from .demo.run import run_demo
+    except ModuleNotFoundError as error:
+        _fail(f'{error}: pip install "adaptq_peft[demo]"', error)
+    try:
+        run_demo(settings)
+    except (ReloadError, ModuleNotFoundError) as error:
+        _fail(str(error), error)
+
+
+def _fail(message: str, cause: Exception) -> NoReturn:
+    """Print the message in red and end with exit code 1."""
+    typer.secho(f"Error: {message}", fg=typer.colors.RED, err=True)
+    raise typer.Exit(code=1) from cause

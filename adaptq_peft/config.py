@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import InitVar, dataclass, field
-from typing import Any, Optional, Union
+from typing import Any, NamedTuple
 
 import torch
 from peft.config import PeftConfig
@@ -24,6 +24,14 @@ DELTA_DTYPES = ("float32", "bfloat16", "float16")
 
 #: Given at run time, used once, and never part of `to_dict`, JSON, a pickle or a deepcopy.
 RUNTIME_FIELDS = ("calibration_data", "general_calibration_data", "calibration_tokenizer")
+
+
+class Calibration(NamedTuple):
+    """What a config was given to profile with, in the order of `RUNTIME_FIELDS`."""
+
+    data: Any
+    general_data: Any
+    tokenizer: Any
 
 
 @dataclass
@@ -73,15 +81,15 @@ class AdaptQConfig(PeftConfig):
     """
 
     selection_ratio: float = 0.5
-    num_adapted_blocks: Optional[int] = None
+    num_adapted_blocks: int | None = None
     selection_strategy: str = "activation"
     selection_seed: int = 0
-    layers_to_transform: Optional[Union[list[int], int]] = None
-    layers_pattern: Optional[str] = None
-    target_modules: Optional[Union[list[str], str]] = None
-    exclude_modules: Optional[Union[list[str], str]] = None
-    modules_to_save: Optional[list[str]] = None
-    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: str | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     init_weights: bool = True
     calibration_data: InitVar[Any] = None
     general_calibration_data: InitVar[Any] = None
@@ -89,11 +97,11 @@ class AdaptQConfig(PeftConfig):
     calibration_samples: int = 100
     calibration_max_length: int = 512
     calibration_batch_size: int = 8
-    profile: Optional[ActivationProfile] = None
-    quantization: Union[str, dict, BitsAndBytesConfig] = "nf4"
+    profile: ActivationProfile | None = None
+    quantization: str | dict | BitsAndBytesConfig = "nf4"
     delta_scaling: float = 0.25
-    delta_dtype: Optional[str] = None
-    base_fingerprint: Optional[dict] = None
+    delta_dtype: str | None = None
+    base_fingerprint: dict | None = None
     adaptq_version: int = field(default=FORMAT_VERSION)
 
     def __post_init__(  # type: ignore[override]
@@ -101,9 +109,8 @@ class AdaptQConfig(PeftConfig):
     ) -> None:
         super().__post_init__()
         self.peft_type = ensure_peft_type()
-        self.calibration_data = calibration_data
-        self.general_calibration_data = general_calibration_data
-        self.calibration_tokenizer = calibration_tokenizer
+        given = (calibration_data, general_calibration_data, calibration_tokenizer)
+        vars(self).update(zip(RUNTIME_FIELDS, given, strict=True))
         self._normalize()
         faults = [fault for check in _CHECKS for fault in check(self)]
         if faults:
@@ -125,6 +132,11 @@ class AdaptQConfig(PeftConfig):
             self.quantization = self.quantization.to_dict()
         if isinstance(self.profile, dict):
             self.profile = ActivationProfile(**self.profile)
+
+    @property
+    def calibration(self) -> Calibration:
+        """The runtime-only fields; all `None` after a load or a copy."""
+        return Calibration(*(getattr(self, name) for name in RUNTIME_FIELDS))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in RUNTIME_FIELDS}
@@ -165,7 +177,7 @@ def _check_ratio(config: AdaptQConfig) -> Iterator[str]:
 
 
 def _check_strategy(config: AdaptQConfig) -> Iterator[str]:
-    if config.layers_to_transform is not None:  # the blocks are known; a saved adapter may name a strategy of its author's
+    if config.layers_to_transform is not None:  # chosen already, maybe by a strategy that only its author has
         return
     names = selection_strategy_names()
     if config.selection_strategy not in names:
@@ -175,7 +187,7 @@ def _check_strategy(config: AdaptQConfig) -> Iterator[str]:
         )
     elif (
         strategy_needs_general_profile(config.selection_strategy)
-        and config.general_calibration_data is None
+        and config.calibration.general_data is None
         and getattr(config.profile, "general_magnitude", None) is None
     ):
         yield (
@@ -188,8 +200,8 @@ def _check_layers(config: AdaptQConfig) -> Iterator[str]:
     layers = config.layers_to_transform
     if layers is None:
         return
-    valid = isinstance(layers, list) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers)
-    if not valid or not layers or len(set(layers)) != len(layers):
+    integers = isinstance(layers, list) and all(type(index) is int and index >= 0 for index in layers)
+    if not isinstance(layers, list) or not integers or not layers or len(set(layers)) != len(layers):
         yield f"layers_to_transform is {layers!r}; allowed: a list of different block indices, each 0 or more"
 
 

@@ -30,8 +30,8 @@ def fingerprint_base(model: nn.Module, blocks: list[Block], adapted: Collection[
         adapted: indices of the blocks that are adapted.
 
     Returns:
-        `name_or_path`, `model_type`, `num_blocks`, `dtype` and `samples`: {tensor name: "shape: values"}, each value as
-        the hexadecimal digits of a float32.
+        `name_or_path`, `model_type`, `num_blocks`, `dtype` and `samples`: {tensor name: "shape: values"}, each value
+        as the hexadecimal digits of a float32.
     """
     skipped = {
         f"{block.name}.{name}"
@@ -65,7 +65,8 @@ def check_base(saved: dict[str, Any], found: dict[str, Any]) -> None:
     if difference:
         raise ValueError(
             f"This adapter was made for the base model {_describe(saved)}, and the model here is {_describe(found)}: "
-            f"{difference}. Load the base that it was trained on. For a new adapter on this model make a new AdaptQConfig."
+            f"{difference}. Load the base that it was trained on. For a new adapter on this model make a new "
+            "AdaptQConfig."
         )
 
 
@@ -74,9 +75,13 @@ def _first_difference(saved: dict[str, Any], found: dict[str, Any]) -> str | Non
         if saved[key] != found[key]:
             return f"{key} is {found[key]!r} instead of {saved[key]!r}"
     if saved["samples"].keys() != found["samples"].keys():
-        return f"parameters have other names, for instance {sorted(saved['samples'].keys() ^ found['samples'].keys())[0]}"
+        return (
+            f"parameters have other names, for instance {sorted(saved['samples'].keys() ^ found['samples'].keys())[0]}"
+        )
     exact = saved["dtype"] == found["dtype"]
-    differing = [name for name, sample in saved["samples"].items() if not _equal(sample, found["samples"][name], exact)]
+    differing = [
+        name for name, sample in saved["samples"].items() if not _equal(sample, found["samples"][name], exact)
+    ]
     if differing:
         return f"{len(differing)} of {len(saved['samples'])} sampled tensors differ, the first is {differing[0]}"
     return None
@@ -96,7 +101,7 @@ def _describe(fingerprint: dict[str, Any]) -> str:
 
 def _base_parameters(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Parameters of the base under their original names, without those of adapters."""
-    own = []
+    own: list[tuple[str, torch.Tensor]] = []
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         if any(part.startswith("adaptq_") or part in ("modules_to_save", "token_adapter") for part in parts):

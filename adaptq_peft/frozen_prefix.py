@@ -22,7 +22,7 @@ class FrozenPrefix:
     """
 
     def __init__(self, model: nn.Module, block_names: list[str]) -> None:
-        self._model = model
+        self._model: Any = model
         self._block_names = block_names
         self._hook: Any = None
 
@@ -54,9 +54,10 @@ class FrozenPrefix:
             self._model.disable_input_require_grads()
 
     def take_over(self) -> None:
-        """If something called `enable_input_require_grads` on the model itself, do it the cheaper way instead."""
+        """Where something called `enable_input_require_grads` on the model itself, do it the cheaper way instead."""
         if self._block_names and getattr(self._model, "_require_grads_hooks", None):
             self.enable_input_require_grads()
+            self._checkpoint_trained_blocks_only()
 
     def refresh(self) -> None:
         """Follow a change of the trained blocks."""
@@ -67,6 +68,9 @@ class FrozenPrefix:
         """Call `enable`, the model's own method, then leave the blocks below the lowest trained one out."""
         enable(*args, **kwargs)
         self.enable_input_require_grads()
+        self._checkpoint_trained_blocks_only()
+
+    def _checkpoint_trained_blocks_only(self) -> None:
         for name in self._block_names[: self.trained_from()]:
             for module in self._model.get_submodule(name).modules():
                 if getattr(module, "gradient_checkpointing", False):

@@ -124,7 +124,9 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
                 for name, original in originals.items()
             }
         if safe_merge and not all(torch.isfinite(tensor).all() for tensor in merged.values()):
-            raise ValueError(f"merging adapters {new} gives weights that are not finite; the adapter seems to be broken")
+            raise ValueError(
+                f"merging adapters {new} gives weights that are not finite; the adapter seems to be broken"
+            )
         for name, tensor in merged.items():
             parameters[name].data = tensor
         self._unmerged_data = originals
@@ -139,10 +141,12 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move the deltas, and unlike PEFT's default keep their dtype: float32 deltas on a bfloat16 base are the rule."""
-        delta = self.adaptq_delta[adapter_name] if adapter_name in self.adaptq_delta else None
+        """Move the deltas but keep their dtype, unlike PEFT's default: they may be wider than the base's."""
+        if adapter_name not in self.adaptq_delta:
+            return
+        delta = self.adaptq_delta[adapter_name]
         base = next(self.base_layer.parameters(recurse=False))
-        if delta is not None and not any(p.is_meta for p in (base, *delta.parameters())):
+        if not any(parameter.is_meta for parameter in (base, *delta.parameters())):
             delta.to(device or base.device)
 
     def __getattr__(self, name: str) -> Any:
@@ -164,8 +168,9 @@ class AdaptQLinear(AdaptQLayer):
     def _forward_with_deltas(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or _has_hooks(self.base_layer):
             return super()._forward_with_deltas(adapters, *args, **kwargs)
-        weight, bias = self.base_layer.weight, self.base_layer.bias
-        device = weight.device.type
+        base: Any = self.base_layer
+        weight, bias = base.weight, base.bias
+        device: str = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         return delta_linear(
             args[0].to(dtype),
@@ -189,6 +194,6 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def create_layer(target: nn.Module, adapter_name: str, config: AdaptQConfig) -> AdaptQLayer:
-    """The layer for a module with parameters of its own: `AdaptQLinear` where the fused path fits, else the generic."""
+    """The layer for a module with parameters of its own: `AdaptQLinear` where it fits, else `AdaptQLayer`."""
     layer_class = AdaptQLinear if type(target) in (nn.Linear, Conv1D) else AdaptQLayer
     return layer_class(target, adapter_name, config)

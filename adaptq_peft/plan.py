@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -73,7 +73,7 @@ def make_plan(model: nn.Module, config: AdaptQConfig, others: Mapping[str, Adapt
 def _blocks_or_none(model: nn.Module, config: AdaptQConfig) -> list[Block]:
     """The blocks; none for a model without blocks on which `target_modules` alone says what gets deltas."""
     targets_only = config.target_modules is not None and (
-        config.layers_to_transform is None and config.calibration_data is None and config.layers_pattern is None
+        config.layers_to_transform is None and config.calibration.data is None and config.layers_pattern is None
     )
     try:
         return find_blocks(model, config.layers_pattern)
@@ -83,12 +83,11 @@ def _blocks_or_none(model: nn.Module, config: AdaptQConfig) -> list[Block]:
         raise
 
 
-def _select(
-    model: nn.Module, blocks: list[Block], config: AdaptQConfig
-) -> tuple[list[int], ActivationProfile | None]:
+def _select(model: nn.Module, blocks: list[Block], config: AdaptQConfig) -> tuple[list[int], ActivationProfile | None]:
     if config.layers_to_transform is not None:
-        _check_indices(config.layers_to_transform, len(blocks))
-        return config.layers_to_transform, config.profile
+        chosen = cast(list[int], config.layers_to_transform)  # the config turns an int into a list
+        _check_indices(chosen, len(blocks))
+        return chosen, config.profile
     # The small number is for ratios such as 0.29, whose product with 100 is a little below 29.
     count = config.num_adapted_blocks or max(1, math.floor(config.selection_ratio * len(blocks) + 1e-9))
     profile = config.profile
@@ -104,12 +103,12 @@ def _select(
 
 
 def _profile(model: nn.Module, config: AdaptQConfig) -> ActivationProfile:
-    general = config.general_calibration_data if strategy_needs_general_profile(config.selection_strategy) else None
+    calibration = config.calibration
     return profile_activations(
         model,
-        config.calibration_data,
-        general_data=general,
-        tokenizer=config.calibration_tokenizer,
+        calibration.data,
+        general_data=calibration.general_data if strategy_needs_general_profile(config.selection_strategy) else None,
+        tokenizer=calibration.tokenizer,
         samples=config.calibration_samples,
         max_length=config.calibration_max_length,
         batch_size=config.calibration_batch_size,

@@ -47,8 +47,8 @@ def ensure_peft_type() -> PeftType:
         type.__setattr__(PeftType, NAME, member)
     elif getattr(member, "_adaptq_owner", None) != _OWNER:
         raise ImportError(
-            f"PeftType.{NAME} is already defined by peft {importlib.metadata.version('peft')} or by another plugin, so "
-            "adaptq_peft can't register its own. Use that implementation, or uninstall one of the two."
+            f"PeftType.{NAME} is already defined by peft {importlib.metadata.version('peft')} or by another plugin, "
+            "so adaptq_peft can't register its own. Use that implementation, or uninstall one of the two."
         )
     return member
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
@@ -43,22 +44,23 @@ def is_targeted(name: str, layer: nn.Module, config: AdaptQConfig) -> bool:
     target_modules = config.target_modules
     if target_modules == "all-linear":
         target_modules = [name] if isinstance(layer, (nn.Linear, Conv1D)) else []
-    return _matches(name, [name] if target_modules is None else target_modules, config)
+    return bool(match_by_peft(name, [name] if target_modules is None else target_modules, config))
 
 
 def is_excluded(name: str, config: AdaptQConfig) -> bool:
     """Whether `exclude_modules` or `modules_to_save` names a layer."""
-    return not _matches(name, [name], config)
+    return not match_by_peft(name, [name], config)
 
 
-def _matches(name: str, target_modules: list[str] | str, config: AdaptQConfig) -> bool:
+def match_by_peft(name: str, target_modules: list[str] | str, config: AdaptQConfig) -> Any:
+    """What PEFT's own rule says of a layer: a true value, a false one, or its false marker of an excluded layer."""
     rules = SimpleNamespace(
         target_modules=target_modules,
         exclude_modules=config.exclude_modules,
         modules_to_save=config.modules_to_save,
         target_parameters=None,
     )
-    return bool(check_target_module_exists(rules, name))
+    return check_target_module_exists(rules, name)
 
 
 def _check_supported(name: str, layer: nn.Module) -> None:
@@ -69,6 +71,6 @@ def _check_supported(name: str, layer: nn.Module) -> None:
         )
     if any(True for _ in layer.children()):
         raise ValueError(
-            f"{name} ({type(layer).__name__}) holds both parameters of its own and other layers, which can't get deltas. "
-            "Leave it out with exclude_modules, or choose layers with target_modules."
+            f"{name} ({type(layer).__name__}) holds both parameters of its own and other layers, which can't get "
+            "deltas. Leave it out with exclude_modules, or choose layers with target_modules."
         )

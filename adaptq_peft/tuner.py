@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.config import PeftConfig
@@ -25,7 +25,7 @@ from .quantization import (
     keep_gradients_on_cpu,
     resolve_quantization,
 )
-from .targets import is_excluded
+from .targets import is_excluded, match_by_peft
 
 
 class AdaptQTuner(BaseTuner):
@@ -39,17 +39,18 @@ class AdaptQTuner(BaseTuner):
 
     prefix = "adaptq_"
     tuner_layer_cls = AdaptQLayer
-    target_module_mapping: dict[str, list[str]] = {}
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         # Before nn.Module's own __init__, which BaseTuner calls and then injects the adapter: plain attributes only.
-        vars(self).update(quantization_report=QuantizationReport(), _frozen_prefix=FrozenPrefix(model, []), _targets=[])
+        vars(self).update(
+            quantization_report=QuantizationReport(), _frozen_prefix=FrozenPrefix(model, []), _targets=[]
+        )
         super().__init__(model, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Profile, select, quantize and add deltas; called by `get_peft_model` and `add_adapter`."""
-        config: AdaptQConfig = self.peft_config[adapter_name]
-        others = {name: other for name, other in self.peft_config.items() if name != adapter_name}
+        others = dict(self._configs)
+        config = others.pop(adapter_name)
         with self._undo_on_error(model, adapter_name):
             with _adapters_off(model):
                 plan = make_plan(model, config, others)
@@ -60,21 +61,24 @@ class AdaptQTuner(BaseTuner):
             swap.commit()
         self._finish(model, config, plan, swap.report)
 
-    def _finish(
-        self, model: nn.Module, config: AdaptQConfig, plan: AdapterPlan, report: QuantizationReport
-    ) -> None:
+    def _finish(self, model: nn.Module, config: AdaptQConfig, plan: AdapterPlan, report: QuantizationReport) -> None:
         config.layers_to_transform = plan.adapted or None
         config.profile = plan.profile
         config.base_fingerprint = plan.fingerprint
         self.quantization_report.swapped.update(report.swapped)
         self.quantization_report.left.update(report.left)
         self._frozen_prefix = FrozenPrefix(model, [block.name for block in plan.blocks])
+        self._frozen_prefix.take_over()
         for module in model.modules():
             keep_gradients_on_cpu(module)
         unasked = {name: why for name, why in report.left.items() if not why.startswith("named in")}
         if unasked:
             listed = "; ".join(f"{name}: {why}" for name, why in unasked.items())
             warnings.warn(f"{len(unasked)} linears of frozen blocks were not quantized. {listed}", stacklevel=3)
+
+    @property
+    def _configs(self) -> dict[str, AdaptQConfig]:
+        return self.peft_config  # type: ignore[return-value]  # PEFT lets no other method onto the model
 
     @contextmanager
     def _undo_on_error(self, model: nn.Module, adapter_name: str) -> Iterator[None]:
@@ -105,23 +109,24 @@ class AdaptQTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        assert isinstance(peft_config, AdaptQConfig)
+        config = cast(AdaptQConfig, peft_config)
         if isinstance(target, AdaptQLayer):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, config)
             return
-        layer = create_layer(target, adapter_name, peft_config)
+        layer = create_layer(target, adapter_name, config)
         if adapter_name not in self.active_adapters:  # an additional adapter is not trainable by itself
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
-        return key in self._targets
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
+        """Whether make_plan chose the layer; PEFT wants to know of those that the user excluded, too."""
+        return key in self._targets or match_by_peft(key, [], cast(AdaptQConfig, peft_config))
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config  # make_plan has found the targets
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        if self.peft_config[adapter_name].delta_dtype is None:  # else the user chose
+        if self._configs[adapter_name].delta_dtype is None:  # else the user chose
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     @classmethod
@@ -145,7 +150,7 @@ class AdaptQTuner(BaseTuner):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self._frozen_prefix.refresh()
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As in other tuners; the frozen blocks become plain layers again, with their dequantized weights.
 
         A model with packed 4-bit weights and no quantization_config would save to a folder that can't be loaded.
@@ -157,10 +162,10 @@ class AdaptQTuner(BaseTuner):
                 "dequantized ones. Load the base model again where you need the originals.",
                 stacklevel=3,
             )
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        super()._unload_and_optionally_merge(merge, *args, **kwargs)
         self._frozen_prefix.disable_input_require_grads()
-        dequantize_frozen(model, swapped)
-        return model
+        dequantize_frozen(self.model, swapped)
+        return self.model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._frozen_prefix.take_over()

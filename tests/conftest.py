@@ -88,9 +88,7 @@ def batch() -> dict[str, torch.Tensor]:
 def samples() -> list[dict[str, list[int]]]:
     """60 calibration samples of different lengths."""
     generator = torch.Generator().manual_seed(2)
-    return [
-        {"input_ids": torch.randint(3, VOCABULARY, (4 + i % 7,), generator=generator).tolist()} for i in range(60)
-    ]
+    return [{"input_ids": torch.randint(3, VOCABULARY, (4 + i % 7,), generator=generator).tolist()} for i in range(60)]
 
 
 @pytest.fixture

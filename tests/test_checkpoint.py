@@ -56,8 +56,14 @@ def test_the_same_tensors_pass_and_other_parts_of_the_model_are_ignored():
     [
         (adapter(1), r"1 tensors are missing: base_model\.model\.model\.layers\.2\.mlp"),
         (adapter(1, 2, 3), r"1 tensors are not part of this adapter: base_model\.model\.model\.layers\.3\.mlp"),
-        (adapter(1) | {KEY.format(2): torch.zeros(2, 3)}, r"1 tensors have another shape: .* is \(2, 3\) instead of \(3, "),
-        (adapter(1) | {KEY.format(2): torch.full((3, 2), torch.nan)}, r"1 tensors hold values that are not finite: base"),
+        (
+            adapter(1) | {KEY.format(2): torch.zeros(2, 3)},
+            r"1 tensors have another shape: .* is \(2, 3\) instead of \(3, ",
+        ),
+        (
+            adapter(1) | {KEY.format(2): torch.full((3, 2), torch.nan)},
+            r"1 tensors hold values that are not finite: base",
+        ),
         (adapter(3, 4), r"the file has deltas for blocks \[3, 4\], and this adapter adapts \[1, 2\]"),
     ],
     ids=["missing", "extra", "shape", "not finite", "other blocks"],

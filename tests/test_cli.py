@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,18 @@ def test_defaults_are_those_of_the_settings(settings_seen):
     assert settings_seen == [run.DemoSettings()]
 
 
-def test_bad_ratio_is_a_message_and_a_code(settings_seen):
+def test_bad_ratio_is_a_usage_error(settings_seen):
     result = RUNNER.invoke(app, ["demo", "--ratio", "1.5"])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "ratio=1.5, must be in (0, 1]" in result.output
     assert settings_seen == []
+
+
+def test_package_missing_on_import_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "adaptq_peft.demo.run", None)
+    result = RUNNER.invoke(app, ["demo"])
+    assert result.exit_code == 1
+    assert 'pip install "adaptq_peft[demo]"' in result.output
 
 
 @pytest.mark.parametrize("error", [ReloadError("differs"), ModuleNotFoundError("pip install it")])

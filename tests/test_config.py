@@ -97,7 +97,9 @@ def test_save_and_load_give_the_same_config(tmp_path):
 
 def test_a_bitsandbytes_config_is_stored_as_json(tmp_path):
     config = AdaptQConfig(
-        quantization=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype="bfloat16")
+        quantization=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype="bfloat16"
+        )
     )
     config.save_pretrained(tmp_path)
     loaded = AdaptQConfig.from_pretrained(tmp_path)

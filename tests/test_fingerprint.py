@@ -52,7 +52,9 @@ def test_equal_shapes_with_other_values_are_another_base(make_model):
 def test_a_slightly_trained_base_is_another_base(llama):
     before = fingerprint(llama)
     llama.model.layers[2].mlp.up_proj.weight.data += 1e-4
-    with pytest.raises(ValueError, match=r"1 of \d+ sampled tensors differ, the first is model\.layers\.2\.mlp\.up_proj"):
+    with pytest.raises(
+        ValueError, match=r"1 of \d+ sampled tensors differ, the first is model\.layers\.2\.mlp\.up_proj"
+    ):
         check_base(before, fingerprint(llama))
 
 
@@ -62,5 +64,7 @@ def test_another_kind_or_depth_of_model(make_model):
         check_base(llama, fingerprint(make_model("gpt2")))
     with pytest.raises(ValueError, match="num_blocks is 5 instead of 4"):
         check_base(llama, fingerprint(make_model("llama", num_layers=5)))
-    with pytest.raises(ValueError, match="parameters have other names, for instance model.layers.2.mlp.down_proj.bias"):
+    with pytest.raises(
+        ValueError, match=r"parameters have other names, for instance model.layers.2.mlp.down_proj.bias"
+    ):
         check_base(llama, fingerprint(make_model("llama", mlp_bias=True)))

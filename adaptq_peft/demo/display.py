@@ -41,7 +41,7 @@ def show_inputs(console: Console, model: Mapping[str, Any], texts: Mapping[str, 
         f"         {texts['domain_test_words']:,} words of {len(tested)} others for the test: {', '.join(tested)}",
         f"general  {texts['general_test_words']:,} words for the test",
     )
-    console.print("\n".join(lines), highlight=False)
+    console.print("\n".join(lines), markup=False, highlight=False)
 
 
 def show_profile(console: Console, magnitude: Sequence[float], adapted: Collection[int]) -> None:
@@ -56,8 +56,9 @@ def show_profile(console: Console, magnitude: Sequence[float], adapted: Collecti
         bar = Bar(size=max(magnitude), begin=0, end=value, width=44, color="blue" if chosen else "bright_black")
         table.add_row(str(block), f"{value:.3f}", bar, "[blue]adapted[/]" if chosen else "[dim]quantized[/]")
     console.print(table)
-    if list(adapted) == list(range(len(magnitude) - len(adapted), len(magnitude))):
-        console.print("[dim]These are simply the last blocks: activations add up along the depth of such a model.[/]")
+    last = list(range(len(magnitude) - len(adapted), len(magnitude)))
+    if list(adapted) == last != list(range(len(magnitude))):
+        console.print(f"[dim]These are the last {len(last)} blocks: in this model activations grow with depth.[/]")
 
 
 def show_memory(console: Console, before: WeightBytes, after: WeightBytes, paper_ratio: float) -> None:
@@ -94,6 +95,12 @@ def show_changes(console: Console, changes: Mapping[str, Mapping[str, float]]) -
     for text, parts in changes.items():
         table.add_row(text, *(_signed_percent(parts[name]) for name in ("quantization", "training", "total")))
     console.print(table)
+
+
+def show_reload(console: Console, figures: Mapping[str, Perplexity]) -> None:
+    """Print the perplexities of the second process, which were found equal to those of the first."""
+    values = " · ".join(f"{text} {figure.value:.3f}" for text, figure in figures.items())
+    console.print(f"The reloaded adapter has exactly the same perplexities: {values}", style="green", highlight=False)
 
 
 def show_seconds(console: Console, seconds: Mapping[str, float]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,7 @@ class EvaluationSet:
                 texts,
                 max_length=self.max_length,
                 max_tokens=self.max_tokens,
-                progress=None if progress is None else lambda done, total, name=name: progress(name, done, total),
+                progress=None if progress is None else partial(progress, name),
             )
             for name, texts in (("domain", self.domain), ("general", self.general))
         }

@@ -117,10 +117,9 @@ def _is_complete(folder: Path) -> bool:
 
 def _forget_quantization(model: PreTrainedModel) -> None:
     """Remove what says that the model came from GGUF: its weights are plain by now, and `save_pretrained` refuses."""
-    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
-        if hasattr(owner, name):
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized")):
+        if name in vars(owner):
             delattr(owner, name)
-    model.is_quantized = False
 
 
 def _move_into_place(unfinished: Path, target: Path) -> None:

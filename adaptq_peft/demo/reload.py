@@ -64,9 +64,9 @@ def measure_saved_adapter(adapter: Path, evaluation: EvaluationSet) -> dict[str,
 
     import adaptq_peft  # noqa: F401  (registers the method with PEFT)
 
-    base_folder = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    base_folder = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype="auto")
-    model = PeftModel.from_pretrained(base, adapter)
+    model = PeftModel.from_pretrained(base, str(adapter))
     return evaluation.measure(model, AutoTokenizer.from_pretrained(base_folder))
 
 

@@ -20,7 +20,7 @@ from peft import get_peft_model
 from rich.console import Console
 
 from ..config import AdaptQConfig
-from ..evaluation import Perplexity, measure_weight_bytes, paper_weight_ratio
+from ..evaluation import Perplexity, WeightBytes, measure_weight_bytes, paper_weight_ratio
 from . import display
 from .evaluate import EvaluationSet, split_change
 from .model import load_demo_model
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 STAGES = ("base", "quantized", "trained")
 EVALUATION_FILE = "evaluation_texts.json"
+ADAPTER_FOLDER = "adapter"
 
 
 def run_demo(
@@ -59,8 +60,8 @@ def run_demo(
         What was written to `report.json`.
 
     Raises:
-        ReloadError: If the saved adapter, loaded in a second process, does not have exactly the same perplexities. The
-            report and the figures are written first.
+        ReloadError: If the saved adapter cannot be loaded in a second process, or does not have exactly the same
+            perplexities there. The report and the figures are written all the same.
         ModuleNotFoundError: If a package with the model or the texts is missing; the message says how to install it.
     """
     run = _Run(settings or DemoSettings(), console or Console())
@@ -72,10 +73,9 @@ def run_demo(
         _measure(run, "quantized", adapted, tokenizer, evaluation)
         _train(run, adapted, tokenizer, texts)
         _measure(run, "trained", adapted, tokenizer, evaluation)
-        _save_and_reload(run, adapted)
-    _conclude(run)
-    check_identical(run.perplexities["trained"], run.perplexities["reloaded"])
-    run.console.print("[green]In a second process the reloaded adapter has exactly the same perplexities.[/]")
+        _save(run, adapted)
+    _show_results(run)
+    _reload(run)
     return run.report
 
 
@@ -98,6 +98,10 @@ class _Run:
         start = time.perf_counter()
         yield
         self.seconds[step] = time.perf_counter() - start
+
+    def write_report(self) -> None:
+        """Write what has been found out so far to `report.json`."""
+        (self.folder / "report.json").write_text(json.dumps(self.report, indent=1), encoding="utf-8")
 
 
 def _load(
@@ -146,12 +150,18 @@ def _adapt(run: _Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     config = AdaptQConfig(
         task_type="CAUSAL_LM",
         selection_ratio=run.settings.ratio,
-        calibration_data=evenly_spaced(texts.domain_train, run.settings.calibration_samples),
+        calibration_data=texts.domain_train,
+        calibration_samples=run.settings.calibration_samples,
         calibration_tokenizer=tokenizer,
         calibration_max_length=run.settings.sequence_length,
     )
     with run.timed("profile, select, quantize"):
         adapted = get_peft_model(model, config)
+    _show_adaptation(run, before, adapted)
+    return adapted
+
+
+def _show_adaptation(run: _Run, before: WeightBytes, adapted: PeftModel) -> None:
     resolved: Any = adapted.peft_config["default"]
     profile, chosen = resolved.profile, resolved.layers_to_transform
     after, ratio = measure_weight_bytes(adapted), paper_weight_ratio(len(profile.magnitude), len(chosen))
@@ -170,7 +180,6 @@ def _adapt(run: _Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     }
     display.show_profile(run.console, profile.magnitude, chosen)
     display.show_memory(run.console, before, after, ratio)
-    return adapted
 
 
 def _train(run: _Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, texts: DemoTexts) -> None:
@@ -194,40 +203,43 @@ def _train(run: _Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, text
     }
 
 
-def _save_and_reload(run: _Run, model: PeftModel) -> None:
-    """Save the adapter, and measure it again in a process that has only the files."""
-    adapter = run.folder / "adapter"
+def _save(run: _Run, model: PeftModel) -> None:
     with run.timed("save"):
-        model.save_pretrained(adapter)
-    run.report["adapter_bytes"] = {file.name: file.stat().st_size for file in sorted(adapter.iterdir())}
-    with run.timed("reload"), run.console.status("Loading the adapter in a second process and measuring again"):
-        run.perplexities["reloaded"] = reload_in_new_process(
-            adapter, run.folder / EVALUATION_FILE, run.folder / "reloaded.json"
-        )
+        model.save_pretrained(str(run.folder / ADAPTER_FOLDER))
+    files = sorted((run.folder / ADAPTER_FOLDER).iterdir())
+    run.report["adapter_bytes"] = {file.name: file.stat().st_size for file in files}
 
 
-def _conclude(run: _Run) -> None:
+def _show_results(run: _Run) -> None:
     """Print the results, and write them and the figures to the output folder."""
     run.console.rule("Results")
     by_text = {
         text: {stage: figures[text] for stage, figures in run.perplexities.items()} for text in ("domain", "general")
     }
     changes = {text: split_change(p["base"], p["quantized"], p["trained"]) for text, p in by_text.items()}
-    run.report["perplexity"] = {
-        text: {stage: asdict(figure) | {"perplexity": figure.value} for stage, figure in p.items()}
-        for text, p in by_text.items()
-    }
+    run.report["perplexity"] = {stage: _plain(figures) for stage, figures in run.perplexities.items()}
     run.report["relative_change"] = changes
-    run.report["reload_identical"] = run.perplexities["reloaded"] == run.perplexities["trained"]
-    run.report["seconds"] = run.seconds
-    (run.folder / "report.json").write_text(json.dumps(run.report, indent=1), encoding="utf-8")
+    run.write_report()
     _draw(run, by_text)
     display.show_perplexities(run.console, run.perplexities)
     display.show_changes(run.console, changes)
+
+
+def _reload(run: _Run) -> None:
+    """Load the adapter in a process that has only the files, and compare its perplexities to the last bit."""
+    run.console.rule("Second process")
+    trained = run.perplexities["trained"]
+    with run.timed("reload"), run.console.status("Loading the base and the adapter, and measuring again"):
+        reloaded = reload_in_new_process(
+            run.folder / ADAPTER_FOLDER, run.folder / EVALUATION_FILE, run.folder / "reloaded.json"
+        )
+    run.report["reload"] = {"identical": reloaded == trained, "perplexity": _plain(reloaded)}
+    run.report["seconds"] = run.seconds
+    run.write_report()
+    check_identical(trained, reloaded)
+    display.show_reload(run.console, reloaded)
     display.show_seconds(run.console, run.seconds)
-    run.console.print(
-        f"Written to {run.folder}: report.json, profile.png, perplexities.png, adapter/", highlight=False
-    )
+    run.console.print(f"Written to {run.folder}/", markup=False, highlight=False)
 
 
 def _draw(run: _Run, by_text: Mapping[str, Mapping[str, Perplexity]]) -> None:
@@ -237,11 +249,8 @@ def _draw(run: _Run, by_text: Mapping[str, Mapping[str, Perplexity]]) -> None:
     plot_perplexities(domain, general, run.folder / "perplexities.png")
 
 
-def evenly_spaced(items: list[str], count: int) -> list[str]:
-    """`count` of the items, evenly spaced from the first on; all of them if there are not more."""
-    if len(items) <= count:
-        return list(items)
-    return [items[index * len(items) // count] for index in range(count)]
+def _plain(figures: Mapping[str, Perplexity]) -> dict[str, dict[str, float]]:
+    return {text: asdict(figure) | {"perplexity": figure.value} for text, figure in figures.items()}
 
 
 def _count_words(texts: list[str]) -> int:

@@ -65,7 +65,7 @@ def measure_weight_bytes(model: nn.Module, layers_pattern: str | None = None) ->
             if is_quantized(module):
                 quantized += count.bytes_of(_quantized_weight_tensors(module))
             elif isinstance(module, (nn.Linear, Conv1D)):
-                dense += count.bytes_of([module.weight])
+                dense += count.bytes_of([module.get_parameter("weight")])
     other = count.bytes_of(_all_tensors(model))
     return WeightBytes(quantized_linears=quantized, dense_linears=dense, adapters=adapters, other=other)
 
@@ -134,7 +134,7 @@ def _adapter_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 def _quantized_weight_tensors(linear: nn.Module) -> Iterator[Tensor]:
     """The weight of a bitsandbytes linear: packed codes, then scales and tables, wherever the library keeps them."""
-    weight = linear.weight
+    weight = linear.get_parameter("weight")
     yield weight
     for owner, name in ((weight, "quant_state"), (weight, "CB"), (weight, "SCB"), (linear, "state")):
         yield from _tensors_within(getattr(owner, name, None))

@@ -61,7 +61,7 @@ def _linear_4bit(weight: torch.Tensor, bias: bool, settings: QuantizationSetting
     layer = bnb.nn.Linear4bit(
         in_features, out_features, bias=bias, compute_dtype=settings.compute_dtype, device="meta", **storage
     )
-    params = bnb.nn.Params4bit(weight, requires_grad=False, module=layer, **storage)
+    params: Any = bnb.nn.Params4bit(weight, requires_grad=False, module=layer, **storage)
     layer._parameters["weight"] = params.to(weight.device)
     keep_gradients_on_cpu(layer)
     return layer
@@ -79,7 +79,7 @@ def _linear_8bit(weight: torch.Tensor, bias: bool, settings: QuantizationSetting
         threshold=settings.outlier_threshold,
         device="meta",
     )
-    params = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    params: Any = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     layer._parameters["weight"] = params.to(weight.device)
     return layer
 
@@ -101,7 +101,7 @@ def keep_gradients_on_cpu(module: nn.Module) -> None:
     evaluation mode differ by 3e-3 relative.
     """
     if hasattr(module, "support_avx512bf16_for_cpu"):
-        module.support_avx512bf16_for_cpu = False
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def dequantize_linear(quantized: nn.Module, linear_class: type[nn.Module], dtype: torch.dtype) -> nn.Module:
@@ -112,7 +112,8 @@ def dequantize_linear(quantized: nn.Module, linear_class: type[nn.Module], dtype
         linear_class: `nn.Linear` or `Conv1D`, the class of the layer that was quantized.
         dtype: dtype of the weights.
     """
-    weight = dequantize_bnb_weight(quantized.weight, state=getattr(quantized, "state", None)).to(dtype)
+    source: Any = quantized
+    weight = dequantize_bnb_weight(source.weight, state=getattr(quantized, "state", None)).to(dtype)
     out_features, in_features = weight.shape
     if linear_class is Conv1D:
         with torch.device("meta"):
@@ -121,6 +122,6 @@ def dequantize_linear(quantized: nn.Module, linear_class: type[nn.Module], dtype
     else:
         linear = nn.Linear(in_features, out_features, device="meta")
     linear._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-    bias = quantized.bias
+    bias = source.bias
     linear._parameters["bias"] = None if bias is None else nn.Parameter(bias.data.to(dtype), requires_grad=False)
     return linear.train(quantized.training)

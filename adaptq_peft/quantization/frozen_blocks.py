@@ -83,7 +83,7 @@ def dequantize_frozen(model: nn.Module, swapped: dict[str, SwappedLinear]) -> No
             model.set_submodule(name, dequantize_linear(quantized, former.linear_class, former.dtype))
 
 
-def _linears(block: Block) -> list[tuple[str, nn.Module]]:
+def _linears(block: Block) -> list[tuple[str, nn.Linear | Conv1D]]:
     return [
         (f"{block.name}.{name}", module)
         for name, module in block.module.named_modules()
@@ -101,7 +101,7 @@ def _parameter_use_counts(model: nn.Module) -> dict[int, int]:
 
 def _reason_to_leave(
     name: str,
-    linear: nn.Module,
+    linear: nn.Linear | Conv1D,
     settings: QuantizationSettings,
     counts: dict[int, int],
     is_excluded: Callable[[str], bool],

@@ -18,7 +18,7 @@ class QuantizationSettings:
     Args:
         bits: 4 or 8.
         quant_type: "nf4" or "fp4"; only for 4 bits.
-        nested_absmax: whether the scales are quantized too ("double quantization"): 4.127 instead of 4.5 bits a weight.
+        nested_absmax: whether the scales are quantized too ("double quantization"): 4.127 bits a weight, not 4.5.
         compute_dtype: dtype of the matrix product; `None`: that of the first input.
         storage_dtype: dtype of the tensor that holds the packed codes.
         outlier_threshold: LLM.int8() threshold; only for 8 bits.

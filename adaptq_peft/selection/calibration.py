@@ -49,9 +49,7 @@ def calibration_batches(
             drawn: list[Any] = write_calibration_samples(model, samples, min(max_length, SELF_WRITTEN_LENGTH))
         else:
             drawn = _draw(_read_file(data) if isinstance(data, (str, os.PathLike)) else data, samples)
-        encoded = [
-            _encode(sample, index, model, tokenizer, max_length) for index, sample in enumerate(drawn)
-        ]
+        encoded = [_encode(sample, index, model, tokenizer, max_length) for index, sample in enumerate(drawn)]
         encoded.sort(key=lambda sample: len(sample["input_ids"]) if "input_ids" in sample else 0)
         batches = [_collate(encoded[i : i + batch_size]) for i in range(0, len(encoded), batch_size)]
     if not batches:
@@ -85,8 +83,11 @@ def write_calibration_samples(model: nn.Module, count: int, length: int, seed: i
         ValueError: if the model can't generate text or has no BOS token.
     """
     config = getattr(model, "generation_config", None)
-    start = next((t for t in (getattr(config, n, None) for n in ("bos_token_id", "eos_token_id")) if t is not None), None)
-    if not hasattr(model, "generate") or config is None or start is None or model.config.is_encoder_decoder:
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    start = next(
+        (t for t in (getattr(config, n, None) for n in ("bos_token_id", "eos_token_id")) if t is not None), None
+    )
+    if not hasattr(model, "generate") or config is None or start is None or is_encoder_decoder:
         raise ValueError(
             f"{type(model).__name__} can't write its own calibration text (it needs generate() and a BOS token). Pass "
             "calibration_data, for instance 50 to 100 texts of your domain."
@@ -99,7 +100,7 @@ def write_calibration_samples(model: nn.Module, count: int, length: int, seed: i
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            written = model.generate(
+            written = model.generate(  # type: ignore[operator]
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 do_sample=True,
@@ -126,8 +127,8 @@ def _draw(data: Any, samples: int) -> list[Any]:
     """At most `samples` entries of `data`: evenly spaced ones if its length is known, else the first."""
     if not isinstance(data, Iterable):
         raise ValueError(
-            f"calibration data is a {type(data).__name__}; allowed: a list of texts or dicts, a Dataset, a DataLoader, "
-            "or the path of a .txt, .json or .jsonl file"
+            f"calibration data is a {type(data).__name__}; allowed: a list of texts or dicts, a Dataset, a "
+            "DataLoader, or the path of a .txt, .json or .jsonl file"
         )
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or isinstance(data, Mapping):
         return list(islice(data, samples))
@@ -170,11 +171,15 @@ def _encode(sample: Any, index: int, model: nn.Module, tokenizer: Any, max_lengt
         chat = (tokenizer or _load_tokenizer(model)).apply_chat_template(sample["messages"], return_dict=True)
         tokens = chat["input_ids"]
     elif "text" in sample:
-        tokens = (tokenizer or _load_tokenizer(model))(sample["text"], truncation=True, max_length=max_length).input_ids
+        tokens = (tokenizer or _load_tokenizer(model))(
+            sample["text"], truncation=True, max_length=max_length
+        ).input_ids
     else:
         tensors = {key: torch.as_tensor(value) for key, value in sample.items() if not isinstance(value, str)}
         if not tensors:
-            raise ValueError(f"calibration sample {index} has keys {sorted(sample)}; it needs one of {list(_TEXT_KEYS)}")
+            raise ValueError(
+                f"calibration sample {index} has keys {sorted(sample)}; it needs one of {list(_TEXT_KEYS)}"
+            )
         return tensors
     if not tokens:
         raise ValueError(f"calibration sample {index} has no tokens: {str(sample)[:80]!r}. Remove empty samples.")
@@ -191,8 +196,8 @@ def _load_tokenizer(model: nn.Module) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"calibration data is text, and no tokenizer could be loaded for {type(model).__name__} ({name!r}: {error}). "
-            "Pass calibration_tokenizer, or samples with 'input_ids'."
+            f"calibration data is text, and no tokenizer could be loaded for {type(model).__name__} ({name!r}: "
+            f"{error}). Pass calibration_tokenizer, or samples with 'input_ids'."
         ) from error
 
 
@@ -216,8 +221,8 @@ def _take_from_loader(loader: DataLoader, samples: int) -> Iterator[Batch]:
             return
         if not isinstance(batch, Mapping):
             raise ValueError(
-                f"the calibration DataLoader yields a {type(batch).__name__}; each batch must be a dict of tensors, as "
-                "model(**batch) takes it"
+                f"the calibration DataLoader yields a {type(batch).__name__}; each batch must be a dict of tensors, "
+                "as model(**batch) takes it"
             )
         size = min(batch_sample_count(dict(batch)), samples - taken)
         taken += size

@@ -11,7 +11,7 @@ from adaptq_peft.evaluation import Perplexity
 
 
 def test_file_holds_texts_and_settings(tmp_path):
-    evaluation = EvaluationSet(["Señor – “domain”"], ["general"], max_tokens=12, max_length=4)
+    evaluation = EvaluationSet(["Señor “domain”"], ["general"], max_tokens=12, max_length=4)
     evaluation.save(tmp_path / "texts.json")
     assert EvaluationSet.load(tmp_path / "texts.json") == evaluation
 

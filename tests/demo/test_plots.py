@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from adaptq_peft.demo.plots import plot_perplexities, plot_profile  # noqa: E402
+from adaptq_peft.demo.plots import plot_perplexities, plot_profile
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from adaptq_peft.demo import run
 from adaptq_peft.demo.reload import ReloadError
-from adaptq_peft.demo.run import evenly_spaced, run_demo
+from adaptq_peft.demo.run import run_demo
 from adaptq_peft.demo.settings import DemoSettings
 from adaptq_peft.evaluation import Perplexity
 
@@ -53,24 +53,24 @@ def test_report_holds_profile_memory_and_losses(finished):
 
 def test_second_process_has_the_same_perplexities(finished):
     report, _, printed = finished
-    assert report["reload_identical"] is True
-    for text in ("domain", "general"):
-        assert report["perplexity"][text]["reloaded"] == report["perplexity"][text]["trained"]
+    assert report["reload"] == {"identical": True, "perplexity": report["perplexity"]["trained"]}
     assert "exactly the same perplexities" in printed
 
 
 def test_training_changed_the_model(finished):
-    report, _, _ = finished
-    assert report["perplexity"]["domain"]["trained"]["nll"] != report["perplexity"]["domain"]["quantized"]["nll"]
+    perplexity = finished[0]["perplexity"]
+    assert perplexity["trained"]["domain"]["nll"] != perplexity["quantized"]["domain"]["nll"]
 
 
 def test_change_is_split_into_quantization_and_training(finished):
     report, _, _ = finished
     for text, change in report["relative_change"].items():
-        figures = {stage: figure["perplexity"] for stage, figure in report["perplexity"][text].items()}
-        assert change["quantization"] == pytest.approx((figures["quantized"] - figures["base"]) / figures["base"])
-        assert change["training"] == pytest.approx((figures["trained"] - figures["quantized"]) / figures["base"])
-        assert change["total"] == pytest.approx(change["quantization"] + change["training"])
+        base, quantized, trained = (
+            report["perplexity"][stage][text]["perplexity"] for stage in ("base", "quantized", "trained")
+        )
+        assert change["quantization"] == pytest.approx((quantized - base) / base)
+        assert change["training"] == pytest.approx((trained - quantized) / base)
+        assert change["total"] == pytest.approx((trained - base) / base)
 
 
 def test_figures_are_png_files(finished):
@@ -91,16 +91,32 @@ def test_printed_output_has_each_part(finished):
         assert part in printed
 
 
-def test_difference_after_reload_is_an_error_and_the_report_says_so(
-    tmp_path, monkeypatch, demo_texts, tiny_model_folder
-):
+@pytest.fixture
+def short_run(tmp_path, demo_texts, tiny_model_folder):
+    """Runs the demo for one step, with the output in `tmp_path`."""
+    settings = tiny_settings(tmp_path, steps=1)
+    return lambda: run_demo(
+        settings, console=Console(file=StringIO()), texts=demo_texts, model_folder=tiny_model_folder
+    )
+
+
+def test_difference_after_reload_is_an_error_and_the_report_says_so(short_run, tmp_path, monkeypatch):
     wrong = {"domain": Perplexity(1.0, 10), "general": Perplexity(1.0, 10)}
     monkeypatch.setattr(run, "reload_in_new_process", lambda *paths: wrong)
-    settings = tiny_settings(tmp_path, steps=1)
-    console = Console(file=StringIO())
     with pytest.raises(ReloadError, match="the reloaded adapter differs on domain text"):
-        run_demo(settings, console=console, texts=demo_texts, model_folder=tiny_model_folder)
-    assert json.loads((tmp_path / "report.json").read_text())["reload_identical"] is False
+        short_run()
+    assert json.loads((tmp_path / "report.json").read_text())["reload"]["identical"] is False
+
+
+def test_failure_of_the_second_process_loses_no_results(short_run, tmp_path, monkeypatch):
+    def fail(*paths):
+        raise ReloadError("the second process ended with code 1")
+
+    monkeypatch.setattr(run, "reload_in_new_process", fail)
+    with pytest.raises(ReloadError, match="ended with code 1"):
+        short_run()
+    assert "relative_change" in json.loads((tmp_path / "report.json").read_text())
+    assert (tmp_path / "perplexities.png").is_file()
 
 
 def test_settings_report_all_faults_at_once():
@@ -108,8 +124,3 @@ def test_settings_report_all_faults_at_once():
         ValueError, match=r"steps=0, must be at least 1; ratio=1.5, must be in \(0, 1\]; learning_rate=0"
     ):
         DemoSettings(steps=0, ratio=1.5, learning_rate=0)
-
-
-def test_evenly_spaced_takes_from_the_whole_list():
-    assert evenly_spaced(list("abcdef"), 3) == ["a", "c", "e"]
-    assert evenly_spaced(list("ab"), 3) == ["a", "b"]

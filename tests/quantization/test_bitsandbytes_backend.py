@@ -118,7 +118,9 @@ def test_weights_that_cannot_be_quantized():
 
 def test_a_missing_bitsandbytes_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"Run `pip install bitsandbytes`, or use AdaptQConfig\(quantization=\"none\""):
+    with pytest.raises(
+        ImportError, match=r"Run `pip install bitsandbytes`, or use AdaptQConfig\(quantization=\"none\""
+    ):
         backend.check_bitsandbytes()
     assert not backend.is_quantized(nn.Linear(2, 2))
 

@@ -35,7 +35,7 @@ def test_blocks_of_an_encoder_decoder_come_in_the_order_they_run():
 
 def test_blocks_are_found_through_a_peft_wrapper(llama):
     wrapped = get_peft_model(llama, LoraConfig(target_modules=["q_proj"]))
-    assert [b.name for b in find_blocks(wrapped)][0] == "base_model.model.model.layers.0"
+    assert find_blocks(wrapped)[0].name == "base_model.model.model.layers.0"
 
 
 class TwoTowers(nn.Module):

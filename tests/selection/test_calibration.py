@@ -110,7 +110,9 @@ def test_bad_data(llama, data, message):
 
 
 def test_a_path_that_does_not_exist(llama):
-    with pytest.raises(FileNotFoundError, match=r"is the path 'legal\.txt', and there is no such file.*go into a list"):
+    with pytest.raises(
+        FileNotFoundError, match=r"is the path 'legal\.txt', and there is no such file.*go into a list"
+    ):
         batches(llama, "legal.txt")
 
 
@@ -121,7 +123,9 @@ def test_a_file_of_unknown_kind(llama, tmp_path):
 
 
 def test_texts_without_a_tokenizer(llama):
-    with pytest.raises(ValueError, match=r"no tokenizer could be loaded for LlamaForCausalLM.*Pass calibration_tokeniz"):
+    with pytest.raises(
+        ValueError, match=r"no tokenizer could be loaded for LlamaForCausalLM.*Pass calibration_tokeniz"
+    ):
         calibration_batches(llama, ["text"], samples=1, max_length=4, batch_size=1)
 
 

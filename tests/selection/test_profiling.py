@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -14,8 +16,9 @@ def reference(model, sample_ids):
     """Algorithm 1 written down directly: one sample at a time, all hidden states kept."""
     magnitude, update = [], []
     model.eval()
+    states = []
     for ids in sample_ids:
-        states = []
+        states.clear()
         blocks = model.model.layers if hasattr(model, "model") else model.transformer.h
         handles = [blocks[0].register_forward_pre_hook(lambda m, args: states.append(args[0]))]
         handles += [
@@ -28,10 +31,7 @@ def reference(model, sample_ids):
             handle.remove()
         magnitude.append([state.abs().mean() for state in states[1:]])
         update.append(
-            [
-                ((after - before).norm(dim=-1) / before.norm(dim=-1)).mean()
-                for before, after in zip(states, states[1:], strict=False)
-            ]
+            [((after - before).norm(dim=-1) / before.norm(dim=-1)).mean() for before, after in pairwise(states)]
         )
     return torch.tensor(magnitude).mean(0), torch.tensor(update).mean(0)
 
@@ -151,7 +151,9 @@ class Widening(nn.Module):
 
 def test_blocks_that_change_the_shape_cannot_be_profiled():
     data = [{"features": torch.randn(3, 4)} for _ in range(50)]
-    with pytest.raises(ValueError, match=r"block 1 \(layers\.1\) turns hidden states of shape .*Give layers_to_transf"):
+    with pytest.raises(
+        ValueError, match=r"block 1 \(layers\.1\) turns hidden states of shape .*Give layers_to_transf"
+    ):
         profile_activations(Widening(), data)
 
 

@@ -73,7 +73,9 @@ def test_a_score_that_is_not_finite_is_an_error(register, bad):
 
 
 def test_a_wrong_number_of_scores(register):
-    with pytest.raises(ValueError, match=r"strategy 'test' returned 3 scores for 4 blocks; it must return one for each"):
+    with pytest.raises(
+        ValueError, match=r"strategy 'test' returned 3 scores for 4 blocks; it must return one for each"
+    ):
         select(register([1.0, 2.0, 3.0]), 2)
 
 

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from adaptq_peft import AdaptQConfig
+from adaptq_peft.quantization import is_quantized
+from adaptq_peft.selection import find_blocks
+
+
+def wrap(model, blocks, **fields):
+    return get_peft_model(model, AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=blocks, **fields)).train()
+
+
+def run(model, batch):
+    """One backward pass; returns for each block whether its output was differentiated, and the gradients."""
+    recorded = {}
+    handles = [
+        block.module.register_forward_hook(
+            lambda module, args, output, index=block.index: recorded.__setitem__(
+                index, (output if torch.is_tensor(output) else output[0]).requires_grad
+            )
+        )
+        for block in find_blocks(model)
+    ]
+    model.zero_grad()
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    for handle in handles:
+        handle.remove()
+    return [recorded[i] for i in sorted(recorded)], {
+        n: p.grad for n, p in model.named_parameters() if p.grad is not None
+    }
+
+
+SITUATIONS = {
+    "plain": lambda model: None,
+    "input grads": lambda model: model.enable_input_require_grads(),
+    "input grads on the base": lambda model: model.get_base_model().enable_input_require_grads(),
+    "non-reentrant checkpointing": lambda model: model.activation_checkpointing_enable({"use_reentrant": False}),
+    "reentrant checkpointing": lambda model: model.activation_checkpointing_enable({"use_reentrant": True}),
+    "older name": lambda model: model.gradient_checkpointing_enable({"use_reentrant": True}),
+    "both": lambda model: (
+        model.activation_checkpointing_enable({"use_reentrant": True}),
+        model.enable_input_require_grads(),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("blocks", [[2, 3], [1], [0, 2]])
+def test_nothing_below_the_lowest_adapted_block_is_differentiated(model, batch, situation, blocks):
+    wrapped = wrap(model, blocks)
+    _, expected = run(wrapped, batch)
+    SITUATIONS[situation](wrapped)
+    differentiated, gradients = run(wrapped, batch)
+    assert differentiated == [index >= blocks[0] for index in range(4)]
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name])
+    assert {name.split(".adaptq_delta")[0] for name in gradients}
+
+
+def test_checkpointing_before_the_adapter_is_made(model, batch):
+    """PEFT then calls enable_input_require_grads on the base model itself."""
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    wrapped = wrap(model, [2, 3])
+    differentiated, gradients = run(wrapped, batch)
+    assert differentiated == [False, False, True, True]
+    assert len(gradients) == len([p for p in wrapped.parameters() if p.requires_grad])
+    assert [block.module.gradient_checkpointing for block in find_blocks(model)] == [False, False, True, True]
+
+
+def test_blocks_below_are_not_checkpointed_and_those_above_are(model):
+    wrapped = wrap(model, [2])
+    wrapped.activation_checkpointing_enable()
+    assert [block.module.gradient_checkpointing for block in find_blocks(model)] == [False, False, True, True]
+
+
+def test_the_input_hook_follows_the_active_adapter_and_can_be_taken_off(llama, batch):
+    wrapped = wrap(llama, [2], quantization="none")
+    wrapped.add_adapter("low", AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[1], quantization="none"))
+    wrapped.enable_input_require_grads()
+    assert run(wrapped, batch)[0] == [False, False, True, True]
+    wrapped.set_adapter("low")
+    assert run(wrapped, batch)[0] == [False, True, True, True]
+    wrapped.disable_input_require_grads()
+    assert not any(block.module._forward_pre_hooks for block in find_blocks(llama))
+
+
+def test_unloading_takes_the_hook_off(llama):
+    wrapped = wrap(llama, [2], quantization="none")
+    wrapped.enable_input_require_grads()
+    wrapped.unload()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in llama.modules())
+
+
+def test_trainable_embeddings_still_get_their_gradient(llama, batch):
+    wrapped = wrap(llama, [2], modules_to_save=["embed_tokens"])
+    differentiated, gradients = run(wrapped, batch)
+    assert differentiated == [True] * 4
+    assert any("embed_tokens.modules_to_save" in name for name in gradients)
+
+
+def test_a_model_without_blocks_uses_its_own_method():
+    class WithMethod(nn.Sequential):
+        called = False
+
+        def enable_input_require_grads(self):
+            self.called = True
+
+    model = WithMethod(nn.Linear(4, 4))
+    get_peft_model(model, AdaptQConfig(target_modules=["0"])).enable_input_require_grads()
+    assert model.called
+
+
+def dequantized_twin(wrapped):
+    """The same model with plain linears that hold the dequantized weights in place of the 4-bit ones."""
+    import copy
+
+    from adaptq_peft.quantization import dequantize_frozen
+
+    twin = copy.deepcopy(wrapped)
+    dequantize_frozen(twin.base_model.model, twin.base_model.quantization_report.swapped)
+    return twin
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_through_4_bit_blocks_above_are_right_also_after_evaluation(model, batch, quantization, dtype):
+    wrapped = wrap(model.to(dtype), [0, 1], quantization=quantization)
+    assert is_quantized(next(m for m in find_blocks(model)[3].module.modules() if is_quantized(m)))
+    _, expected = run(dequantized_twin(wrapped), batch)
+    for evaluations in range(2):
+        _, found = run(wrapped, batch)
+        assert found.keys() == expected.keys()
+        for name, gradient in found.items():
+            error = (gradient - expected[name]).norm() / expected[name].norm().clamp_min(1e-12)
+            assert error < (5e-2 if dtype == torch.bfloat16 else 1e-4), (name, evaluations)
+        wrapped.eval()
+        with torch.no_grad():
+            wrapped(**batch)
+        wrapped.train()
