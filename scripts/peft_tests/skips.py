@@ -1,0 +1,68 @@
+"""What is not run, each with its reason. A test that skips itself and is not in this table counts as a failure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Tests that are not run.
+
+    Args:
+        file: pattern of the file's name, without `.py`.
+        test: pattern of the function's name.
+        reason: why, shown in the report.
+        case: pattern of the parameters' ids, for instance "*-nf4"; by default every case of the test.
+        when_missing: skip only where this package is not installed.
+    """
+
+    file: str
+    test: str
+    reason: str
+    case: str = "*"
+    when_missing: str | None = None
+
+    def matches(self, file: str, test: str, case: str) -> bool:
+        """Whether this row covers a test; all three without paths, brackets or `.py`."""
+        pairs = ((file, self.file), (test, self.test), (case, self.case))
+        return all(fnmatchcase(value, pattern) for value, pattern in pairs)
+
+
+PROMPT = "prompt learning only: ADAPTQ has no virtual tokens"
+WEIGHTED = "PEFT's test calls the arguments of LoRA's and IA3's own add_weighted_adapter (ranks, SVD)"
+BIAS = "ADAPTQ has no `bias` argument: biases of the adapted layers get deltas themselves"
+SHARED_STATE = "about tuners with state shared between layers; ADAPTQ has none"
+
+SKIPS: tuple[Skip, ...] = (
+    Skip("*", "test_prompt_tuning_*", PROMPT),
+    Skip("*", "test_training_prompt_learning_tasks", PROMPT),
+    Skip("*", "test_set_requires_grad_prompt_learning_raises", PROMPT),
+    Skip("*", "test_prompt_learning_forward_with_inputs_embeds", PROMPT),
+    Skip("*", "test_prompt_learning_with_gradient_checkpointing", PROMPT),
+    Skip("test_feature_extraction_models", "test_passing_input_embeds_works", PROMPT),
+    Skip("*", "test_weighted_combination_of_adapters", WEIGHTED),
+    Skip("test_custom_models", "test_add_weighted_adapter_*", WEIGHTED),
+    Skip("*", "test_adding_multiple_adapters_with_bias_raises", BIAS),
+    Skip("test_custom_models", "test_disable_adapter_with_bias_warns", BIAS),
+    Skip("test_custom_models", "test_save_load_roundtrip_fsdp_wrapped_learnable_bias", BIAS),
+    Skip(
+        "test_decoder_models",
+        "test_save_pretrained_targeting_lora_to_embedding_layer",
+        "target_modules chooses within the adapted blocks, and the embeddings of a transformer are outside; "
+        "test_custom_models.py has the same test on a model without blocks",
+    ),
+    Skip("test_custom_models", "test_mixed_adapter_batches_lora_opt_timing", "a limit on LoRA's overhead in seconds"),
+    Skip(
+        "test_low_level_api",
+        "test_base_model_module_named_like_peft_prefix",
+        "the test looks the prefix up in a dict of its own, which has those of LoRA and LoKr only",
+    ),
+    Skip("test_low_level_api", "test_inject_adapter_in_model_rejects_shared_state_tuners", SHARED_STATE),
+)
+
+
+def find_skip(file: str, test: str, case: str) -> Skip | None:
+    """The first row that covers a test, if any."""
+    return next((skip for skip in SKIPS if skip.matches(file, test, case)), None)

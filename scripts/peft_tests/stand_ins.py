@@ -1,0 +1,118 @@
+"""What stands in for things that PEFT's tests name and that are not here, or not for other methods."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import inspect
+import shutil
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adaptq_peft import AdaptQConfig
+
+# ------------------------------------------------------------------ packages that the files import but no case needs
+
+
+def _expand(cases: Any) -> Callable[[Any], Any]:
+    """`parameterized.expand` by pytest's own parametrization."""
+
+    def decorate(function: Any) -> Any:
+        names = list(inspect.signature(function).parameters)[1:]
+        return pytest.mark.parametrize(",".join(names), [tuple(case)[: len(names)] for case in cases])(function)
+
+    return decorate
+
+
+_PACKAGES: dict[str, dict[str, Any]] = {
+    "diffusers": {"__version__": "0", "StableDiffusionPipeline": type("StableDiffusionPipeline", (), {})},
+    "parameterized": {"parameterized": types.SimpleNamespace(expand=_expand)},
+    "datasets": {"load_dataset": None},
+}
+
+
+def install_packages() -> list[str]:
+    """Put a stand-in into `sys.modules` for each of these packages that is not installed. Returns their names."""
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    for name in missing:
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        vars(module).update(_PACKAGES[name])
+        sys.modules[name] = module
+    return missing
+
+
+# ------------------------------------------------------------------------- names in the tests that stand for a method
+
+
+def from_lora_config(
+    *args: Any, r: Any = None, lora_alpha: Any = None, init_lora_weights: bool = True, bias: Any = None, **kwargs: Any
+) -> AdaptQConfig:
+    """`AdaptQConfig` where a test that is the same for every method writes `LoraConfig`."""
+    return AdaptQConfig(*args, init_weights=init_lora_weights, **kwargs)
+
+
+#: (file, pattern of "Class.test") of tests that write `LoraConfig` but check what every method shares.
+COMMON_TESTS: tuple[tuple[str, str], ...] = (
+    ("test_tuners_utils", "TestTargetedModuleNames.test_*_targeted_module_*"),
+    ("test_tuners_utils", "TestTargetedModuleNames.test_layers_to_transform_filters_by_layer_not_expert_index"),
+    ("test_tuners_utils", "TestExcludedModuleNames.test_*"),
+    ("test_tuners_utils", "TestModelAndLayerStatus.test_*"),
+    ("test_tuners_utils", "TestTunerStateDictKeyPrefixes.test_prefixes_auxiliary_modules_not_included"),
+    ("test_tuners_utils", "TestTunerStateDictKeyPrefixes.test_prefixes_tuner_layer_inside_auxiliary_*"),
+    ("test_low_level_api", "TestPeftStateDict.test_get_and_set_peft_model_state_dict_*"),
+    ("test_low_level_api", "TestPeftStateDict.test_get_peft_model_state_dict_removes_*"),
+    ("test_low_level_api", "TestPeftStateDict.test_trained_modules_to_save_module_named_like_peft_prefix_*"),
+    ("test_low_level_api", "TestPeftStateDict.test_set_peft_model_state_dict_preserves_input"),
+    ("test_low_level_api", "TestGetBaseModelStateDict.test_*"),
+)
+#: Tests that name no method at all, but run over all registered ones.
+TESTS_OF_ALL_METHODS: tuple[tuple[str, str], ...] = (("test_config", "TestPeftConfig.test_from_peft_type"),)
+
+#: PEFT lists, by class and inside a test, the methods that support a feature. Where ADAPTQ does too it takes the place
+#: of one of them: (file of the test, pattern of its function) -> the file that has the list, the name in it.
+LISTED_METHODS: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
+    ("*", "test_mixed_adapter_batches"): (("testing_common", "RoadConfig"), ("test_decoder_models", "LoraConfig")),
+    ("*", "test_generate_with_mixed_adapter_batches"): (
+        ("testing_common", "LoraConfig"),
+        ("test_decoder_models", "LoraConfig"),
+    ),
+}
+
+# ----------------------------------------------------------------------------------------------------------- the Hub
+
+
+class AlwaysSeen(dict[str, int]):
+    """For `hub_online_once`: every id has been downloaded before, so it stays offline."""
+
+    def __contains__(self, key: object) -> bool:
+        return True
+
+    def __missing__(self, key: str) -> int:
+        return 1
+
+
+def download_to(hub: Path, download: Callable[..., str]) -> Callable[..., str]:
+    """`hf_hub_download` that "downloads" into another `cache_dir` by copying from `hub`."""
+
+    def copy_and_download(repo_id: str, *args: Any, **kwargs: Any) -> str:
+        source = hub / f"models--{repo_id.replace('/', '--')}"
+        if kwargs.get("cache_dir") and source.is_dir():
+            shutil.copytree(source, Path(kwargs["cache_dir"]) / source.name, dirs_exist_ok=True)
+        return download(repo_id, *args, **kwargs)
+
+    copy_and_download.__signature__ = inspect.signature(download)  # type: ignore[attr-defined]  # PEFT reads it
+    return copy_and_download
+
+
+def quotes_dataset(quotes: tuple[str, ...]) -> Any:
+    """What `load_dataset("ybelkada/english_quotes_copy")` has: a train split with quote, author and tags."""
+    from datasets import Dataset, DatasetDict
+
+    columns = {"quote": list(quotes) * 8, "author": ["a"] * len(quotes) * 8, "tags": [["b"]] * len(quotes) * 8}
+    return DatasetDict({"train": Dataset.from_dict(columns)})
