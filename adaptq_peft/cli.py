@@ -29,7 +29,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of the order of the training samples.")] = 0,
     ratio: Annotated[float, typer.Option(help="Share of the blocks that is adapted, above 0 and at most 1.")] = 0.5,
 ) -> None:
-    """Adapt SmolLM2-135M to 19th century political prose: profile, quantize, train, save, reload, report."""
+    """Adapt SmolLM2-135M to early American presidential messages: profile, quantize, train, save, reload, report."""
     from .demo.settings import DemoSettings
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,36 @@ def add_deltas(
     return torch.add(total, deltas[-1], alpha=scales[-1], out=torch.empty_like(total, dtype=dtype))
 
 
+class _Scratch(threading.local):
+    """One buffer a dtype and thread, as large as the largest weight so far, for merged weights that live for one product.
+
+    On a CPU a fresh tensor for each layer costs more in page faults and cache misses than the addition itself. A GPU's
+    caching allocator makes this superfluous.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[torch.dtype, torch.Tensor] = {}
+
+    def like(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        buffer = self._buffers.get(dtype)
+        if buffer is None or buffer.numel() < tensor.numel():
+            buffer = self._buffers[dtype] = torch.empty(tensor.numel(), dtype=dtype)
+        return buffer[: tensor.numel()].view(tensor.shape)
+
+
+_scratch = _Scratch()
+
+
+def _merged_weight(
+    base: torch.Tensor, deltas: Sequence[torch.Tensor], scales: Sequence[float], dtype: torch.dtype
+) -> torch.Tensor:
+    """`add_deltas` for a result that is not kept."""
+    reusable = base.device.type == "cpu" and len(deltas) == 1
+    if not reusable or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return add_deltas(base, deltas, scales, dtype)
+    return torch.add(base, deltas[0], alpha=scales[0], out=_scratch.like(base, dtype))
+
+
 class _DeltaLinear(torch.autograd.Function):
     """x (W0 + sum of scale * delta)^T + bias; the merged weight is formed again in backward instead of saved."""
 
@@ -44,7 +75,7 @@ class _DeltaLinear(torch.autograd.Function):
         scales: tuple[float, ...],
         *deltas: torch.Tensor,
     ) -> torch.Tensor:
-        weight = add_deltas(base_weight, deltas, scales, x.dtype)
+        weight = _merged_weight(base_weight, deltas, scales, x.dtype)
         return F.linear(x, weight.t() if transposed else weight, bias)
 
     @staticmethod
@@ -57,19 +88,18 @@ class _DeltaLinear(torch.autograd.Function):
         x, base_weight, *deltas = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            weight = add_deltas(base_weight, deltas, ctx.scales, x.dtype)
+            weight = _merged_weight(base_weight, deltas, ctx.scales, x.dtype)
             grad_x = grad_output @ (weight.t() if ctx.transposed else weight)
         flat_grad = grad_output.flatten(0, -2)
         if ctx.needs_input_grad[2]:
             grad_bias = flat_grad.sum(0)
         grad_deltas: list[torch.Tensor | None] = [None] * len(deltas)
-        needs_delta = ctx.needs_input_grad[5:]
-        if any(needs_delta):
+        for i in (i for i, needed in enumerate(ctx.needs_input_grad[5:]) if needed):
             flat_x = x.flatten(0, -2)
-            grad_weight = flat_x.t() @ flat_grad if ctx.transposed else flat_grad.t() @ flat_x
-            for i, (delta, scale) in enumerate(zip(deltas, ctx.scales, strict=True)):
-                if needs_delta[i]:
-                    grad_deltas[i] = (grad_weight if scale == 1.0 else grad_weight * scale).to(delta.dtype)
+            left, right = (flat_x.t(), flat_grad) if ctx.transposed else (flat_grad.t(), flat_x)
+            # beta=0: the first argument only gives a dtype; the scale is applied within the matrix product.
+            scaled = torch.addmm(left.new_empty(()), left, right, beta=0, alpha=ctx.scales[i])
+            grad_deltas[i] = scaled.to(deltas[i].dtype)
         return grad_x, None, grad_bias, None, None, *grad_deltas
 
 

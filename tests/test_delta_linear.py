@@ -93,3 +93,19 @@ def test_on_the_gpu(dtype):
         found.double().cpu(), plain(x, weight, bias, deltas, scales, False), rtol=2e-2, atol=5e-2
     )
     found.float().sum().backward()
+
+
+def test_layers_of_different_sizes_do_not_disturb_each_other():
+    """On a CPU they share a buffer for the merged weight."""
+    torch.manual_seed(0)
+    sizes = [(6, 4), (3, 6), (8, 3)]
+    weights = [torch.randn(size) for size in sizes]
+    deltas = [torch.randn(size, requires_grad=True) for size in sizes]
+    x = torch.randn(5, 4, requires_grad=True)
+    outputs = []
+    for linear in (lambda h, w, d: delta_linear(h, w, None, [d], [0.5]), lambda h, w, d: F.linear(h, w + 0.5 * d)):
+        hidden = x
+        for weight, delta in zip(weights, deltas, strict=True):
+            hidden = linear(hidden, weight, delta).tanh()
+        outputs.append((hidden, *torch.autograd.grad(hidden.sum(), [x, *deltas])))
+    torch.testing.assert_close(outputs[0], outputs[1])

@@ -1,6 +1,6 @@
 """Time of profiling against a plain no-grad forward through the blocks on the same batches.
 
-    python scripts/benchmarks/profiling.py --samples 100 --length 128
+python scripts/benchmarks/profiling.py --samples 100 --length 128
 """
 
 from __future__ import annotations

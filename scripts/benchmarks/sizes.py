@@ -1,6 +1,6 @@
 """Bytes of the blocks' linears before and after, and of the adapter file against its deltas.
 
-    python scripts/benchmarks/sizes.py
+python scripts/benchmarks/sizes.py
 """
 
 from __future__ import annotations

@@ -19,7 +19,16 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from common import load_model, make_parser, median_ratio, parameter_bytes, peak_bytes, random_batch, report, time_in_turn
+from common import (
+    load_model,
+    make_parser,
+    median_ratio,
+    parameter_bytes,
+    peak_bytes,
+    random_batch,
+    report,
+    time_in_turn,
+)
 from peft import LoraConfig, get_peft_model
 from torch import nn
 

@@ -16,9 +16,7 @@ Values = list[Any]
 
 
 def _rows(*rows: tuple[Any, ...], ids: list[str] | None = None) -> Values:
-    return [
-        pytest.param(*row, id=name) for row, name in zip(rows, ids or [f"adaptq{i}" for i in range(len(rows))])
-    ]
+    return [pytest.param(*row, id=name) for row, name in zip(rows, ids or [f"adaptq{i}" for i in range(len(rows))])]
 
 
 # ---------------------------------------------------------------- models without blocks: target_modules and no profile
@@ -150,6 +148,9 @@ CASES: dict[tuple[str, tuple[str, ...]], Callable[[], Values]] = {
 
 CASES_OF_TEST: dict[tuple[str, str], Callable[[], Values]] = {
     ("test_decoder_models", "test_training_decoders_layer_indexing"): lambda: _all_blocks("CAUSAL_LM"),
+    ("test_encoder_decoder_models", "test_training_encoder_decoders_layer_indexing"): lambda: _all_blocks(
+        "SEQ_2_SEQ_LM"
+    ),
     ("test_feature_extraction_models", "test_training_layer_indexing"): lambda: _all_blocks("FEATURE_EXTRACTION"),
     ("test_custom_models", "test_save_pretrained_targeting_lora_to_embedding_layer"): lambda: _rows(
         (AdaptQConfig(target_modules=["lin0", "embed_tokens"], **_RANDOM),),
@@ -182,7 +183,5 @@ CASES_OF_TEST: dict[tuple[str, str], Callable[[], Values]] = {
     ("test_custom_models", "test_mixed_adapter_batches_lora_conv1d_emb_multiple_modules_to_save"): lambda: _mixed(
         "Conv1D, embedding and modules_to_save", ["emb", "conv1d"], ["emb", "conv1d"], modules_to_save=["lin0"]
     ),
-    ("test_custom_models", "test_mixed_adapter_batches_lora_conv2d"): lambda: _mixed(
-        "Conv2d", ["conv2d"], ["conv2d"]
-    ),
+    ("test_custom_models", "test_mixed_adapter_batches_lora_conv2d"): lambda: _mixed("Conv2d", ["conv2d"], ["conv2d"]),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import os
@@ -18,7 +19,7 @@ import tiny_hub
 import torch
 import transformers
 from adaptq_cases import CASES, CASES_OF_TEST
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from skips import SKIPS, Skip, find_skip
 
 from adaptq_peft import AdaptQConfig
@@ -51,7 +52,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for index, mark in enumerate(marks):
         if mark.name != "parametrize" or not _names_method(mark.args[1]):
             continue
-        names = tuple(name.strip() for name in mark.args[0].split(",")) if isinstance(mark.args[0], str) else mark.args[0]
+        names = (
+            tuple(name.strip() for name in mark.args[0].split(",")) if isinstance(mark.args[0], str) else mark.args[0]
+        )
         marks[index] = pytest.mark.parametrize(mark.args[0], _our_cases(file, test, names)).mark
         _state["own"].add((file, metafunc.function.__qualname__))
 
@@ -88,10 +91,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
     items[:] = kept
     for item in items:
+        if hasattr(item, "callspec"):  # a config is filled in when it is used, and PEFT's lists share theirs
+            item.callspec.params.update({k: _fresh(v) for k, v in item.callspec.params.items()})
         skip = find_skip(_file(item.module), item.originalname, _case(item))
         if skip is not None and (skip.when_missing is None or importlib.util.find_spec(skip.when_missing) is None):
             item.add_marker(pytest.mark.skip(reason=skip.reason))
             _state["used"].add(skip)
+
+
+def _fresh(value: Any) -> Any:
+    return copy.deepcopy(value) if _names_method(value) else value
 
 
 def _is_ours(item: pytest.Function) -> bool:
@@ -113,8 +122,10 @@ def _is_fast(item: pytest.Function) -> bool:
     if not all(any(known in model for known in FAST_MODELS) for model in models):
         return False
     ours = (_file(item.module), item.function.__qualname__) in _state["own"]
-    return not ours or any(part in FAST_CASES for part in item.callspec.id.replace("Bert-", "").split("-")) or any(
-        item.callspec.id.endswith(case) or case in item.callspec.id for case in FAST_CASES if "-" in case
+    return (
+        not ours
+        or any(part in FAST_CASES for part in item.callspec.id.replace("Bert-", "").split("-"))
+        or any(item.callspec.id.endswith(case) or case in item.callspec.id for case in FAST_CASES if "-" in case)
     )
 
 
@@ -143,7 +154,11 @@ def _stand_ins(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
             for module, name in names:
                 if module in modules:
                     monkeypatch.setattr(modules[module], name, AdaptQConfig)
-    monkeypatch.setattr(modules["testing_common"], "_skip_if_conv1d_not_supported", lambda *_: None)
+    for module, name in stand_ins.SKIPPING_FUNCTIONS:
+        if module in modules:
+            monkeypatch.setattr(modules[module], name, lambda *_: None)
+    if _is_listed(stand_ins.TESTS_OF_ALL_METHODS, item):  # of the others some need packages that are not here
+        monkeypatch.setattr(item.module, "PeftType", (PeftType.ADAPTQ,))
     if _is_common(item):
         monkeypatch.setattr(item.module, "LoraConfig", stand_ins.from_lora_config)
     if hasattr(item.module, "load_dataset_english_quotes"):

@@ -38,7 +38,8 @@ FILES = (
     "test_low_level_api.py",
 )
 
-# As in PEFT's own pyproject.toml, without its coverage options.
+# The markers of PEFT's own pyproject.toml. Its warnings-as-errors are left out: they are for PEFT's own use of the
+# transformers of its day, and a newer transformers deprecates some of it.
 PYTEST_INI = """\
 [pytest]
 markers =
@@ -47,8 +48,8 @@ markers =
     regression: whether to run regression suite test
     bitsandbytes: select bitsandbytes integration tests
 filterwarnings =
-    error::DeprecationWarning:transformers
-    error::FutureWarning:transformers
+    ignore::DeprecationWarning
+    ignore::FutureWarning
 """
 
 

@@ -33,6 +33,20 @@ class Skip:
 PROMPT = "prompt learning only: ADAPTQ has no virtual tokens"
 WEIGHTED = "PEFT's test calls the arguments of LoRA's and IA3's own add_weighted_adapter (ranks, SVD)"
 BIAS = "ADAPTQ has no `bias` argument: biases of the adapted layers get deltas themselves"
+LORA_VALUES = "expects LoRA's own class names, parameter counts or containers"
+OTHER_METHOD = "about another method, or about none"
+TARGET_PARAMETERS = "ADAPTQ has no `target_parameters`: target_modules reaches any layer with parameters of its own"
+TWO_HEADS = "PEFT refuses two active adapters with modules_to_save or trainable tokens, for every method"
+INPUT_GRADS = (
+    "expects the embeddings' output to require gradients; ADAPTQ marks the input of the lowest trained block instead, so "
+    "that the blocks below run without autograd"
+)
+ORIGINALS = "compares with the base model to 1e-4: the frozen blocks come back dequantized, their originals are gone"
+QUANTIZED_BASE = "compares with the base model to 1e-6: with the adapter off, the base is the quantized one"
+PACKED = "compares with the base's state dict: quantized weights are packed and have their scales beside them"
+INT8_MERGE = "compares to 1e-4: LLM.int8() rounds activations too, and the dequantized blocks of a merged model don't"
+QUANTIZED = ("nf4", "int8-linears", "profiled")  #: ids of the cases with quantized blocks
+ACCELERATOR = "needs a GPU"
 SHARED_STATE = "about tuners with state shared between layers; ADAPTQ has none"
 
 SKIPS: tuple[Skip, ...] = (
@@ -59,6 +73,38 @@ SKIPS: tuple[Skip, ...] = (
         "test_base_model_module_named_like_peft_prefix",
         "the test looks the prefix up in a dict of its own, which has those of LoRA and LoKr only",
     ),
+    Skip("test_custom_models", "test_active_adapter", TWO_HEADS, case="*modules_to_save"),
+    Skip("test_custom_models", "test_active_adapter", TWO_HEADS, case="*trainable-tokens"),
+    Skip(
+        "test_custom_models", "test_default_target_modules_*", "ADAPTQ has no default list of layers: None = the block"
+    ),
+    Skip("test_custom_models", "test_mixed_adapter_batches_mha_raises", "expects an error of LoRA's attention layer"),
+    Skip("*", "test_prepare_for_training_parametrized", INPUT_GRADS),
+    *(Skip("*", "test_unload_adapter", ORIGINALS, case=f"{case}-*") for case in QUANTIZED),
+    *(Skip("*", "test_disable_adapter", QUANTIZED_BASE, case=f"{case}-*") for case in QUANTIZED),
+    *(Skip("*", "test_get_base_model_state_dict", PACKED, case=f"{case}-*") for case in QUANTIZED),
+    Skip("*", "test_merge_layers*", INT8_MERGE, case="int8-linears-*"),
+    Skip("test_tuners_utils", "test_module_type_*", LORA_VALUES),
+    Skip("test_tuners_utils", "test_adapter_model_type_*", LORA_VALUES),
+    Skip("test_tuners_utils", "test_peft_types_*", LORA_VALUES),
+    Skip("test_tuners_utils", "test_nb_params_*", LORA_VALUES),
+    Skip("test_tuners_utils", "test_model_status_with_*", LORA_VALUES),
+    Skip("test_tuners_utils", "test_model_with_injected_layers", LORA_VALUES),
+    Skip("test_tuners_utils", "test_*requires_grad*_irregular", LORA_VALUES),
+    Skip("test_tuners_utils", "test_realistic_example", "expects LoRA's default list of layers"),
+    Skip(
+        "test_tuners_utils", "test_base_model_type_transformers_automodel", "LoRA's default list of layers, on T5Model"
+    ),
+    Skip("test_tuners_utils", "test_ia3_*", OTHER_METHOD),
+    Skip("test_tuners_utils", "test_loha_model", OTHER_METHOD),
+    Skip("test_tuners_utils", "test_vera_model", OTHER_METHOD),
+    Skip("test_tuners_utils", "test_prefix_tuning", OTHER_METHOD),
+    Skip("test_tuners_utils", "test_adaption_prompt", OTHER_METHOD),
+    Skip("test_tuners_utils", "test_vanilla_model_raises", OTHER_METHOD),
+    Skip("test_tuners_utils", "test_transformer*_model*", OTHER_METHOD),
+    Skip("test_tuners_utils", "test_mixed_model_raises", "PeftMixedModel takes a fixed list of PEFT's own methods"),
+    Skip("test_tuners_utils", "test_*target_parameters*", TARGET_PARAMETERS),
+    Skip("test_tuners_utils", "test_*devices_*gpu_large", ACCELERATOR),
     Skip("test_low_level_api", "test_inject_adapter_in_model_rejects_shared_state_tuners", SHARED_STATE),
 )
 

@@ -116,7 +116,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 #: Hub id, revision and content of `adapter_config.json`: what test_config.py loads.
-_LORA_CONFIG = ("peft-internal-testing/tiny-opt-lora-revision", "test", {"peft_type": "LORA", "task_type": "CAUSAL_LM"})
+_LORA_CONFIG = (
+    "peft-internal-testing/tiny-opt-lora-revision",
+    "test",
+    {"peft_type": "LORA", "task_type": "CAUSAL_LM"},
+)
 TOKENIZER_ID = "peft-internal-testing/tiny-random-OPTForCausalLM"
 QUOTES = ("be yourself , everyone else is taken", "so many books , so little time", "a room without books is dark")
 
