@@ -34,7 +34,7 @@ def add_deltas(
 
 
 class _Scratch(threading.local):
-    """One buffer a dtype and thread, as large as the largest weight so far, for merged weights that live for one product.
+    """One buffer a dtype and thread, as large as the largest weight so far, for one merged weight at a time.
 
     On a CPU a fresh tensor for each layer costs more in page faults and cache misses than the addition itself. A GPU's
     caching allocator makes this superfluous.
