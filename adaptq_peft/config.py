@@ -49,10 +49,12 @@ class AdaptQConfig(PeftConfig):
         selection_seed: seed of the strategy "random". Default 0.
         layers_to_transform: explicit block indices (0-based, an int or a list). Skips the profile and the strategy.
             Holds the adapted blocks once the adapter is made.
-        layers_pattern: dotted name, or its end, of the `ModuleList` of blocks, where they can't be found.
+        layers_pattern: dotted name, or its end, of the `ModuleList` of blocks, or a list of such names, where they
+            can't be found.
         target_modules: `None` (default): every parameter of the adapted blocks gets a delta. Else, as in other PEFT
             methods, only the modules with these names (a list of suffixes, a regex or "all-linear"), within the
-            adapted blocks. On a model without blocks the matching modules get deltas and nothing is profiled.
+            adapted blocks. Names that occur in some blocks only choose those blocks, where nothing else does. On a
+            model without blocks the matching modules get deltas and nothing is profiled.
         exclude_modules: module names (a list of suffixes, or a regex) that get no delta and are not quantized.
         modules_to_save: modules outside the blocks that are trained and saved whole, as in other PEFT methods.
         trainable_token_indices: rows of the embedding that are trained, as in `LoraConfig`.
@@ -86,8 +88,8 @@ class AdaptQConfig(PeftConfig):
     selection_seed: int = 0
     layers_to_transform: list[int] | int | None = None
     layers_pattern: str | None = None
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    target_modules: set[str] | list[str] | str | None = None
+    exclude_modules: set[str] | list[str] | str | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     init_weights: bool = True
@@ -118,14 +120,12 @@ class AdaptQConfig(PeftConfig):
 
     def _normalize(self) -> None:
         """Bring the forms that a field may take into the one that is stored: JSON types and `ActivationProfile`."""
-        if isinstance(self.layers_to_transform, int) and not isinstance(self.layers_to_transform, bool):
-            self.layers_to_transform = [self.layers_to_transform]
-        elif isinstance(self.layers_to_transform, (list, tuple, set, range)):
+        if isinstance(self.layers_to_transform, (list, tuple, set, range)):
             self.layers_to_transform = sorted(self.layers_to_transform)
-        if isinstance(self.target_modules, (set, tuple)):
-            self.target_modules = sorted(self.target_modules)
-        if isinstance(self.exclude_modules, (set, tuple)):
-            self.exclude_modules = sorted(self.exclude_modules)
+        if isinstance(self.target_modules, (list, tuple)):  # sets, as in other PEFT methods
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = set(self.exclude_modules)
         if isinstance(self.delta_dtype, torch.dtype):
             self.delta_dtype = str(self.delta_dtype).removeprefix("torch.")
         if isinstance(self.quantization, BitsAndBytesConfig):
@@ -200,9 +200,13 @@ def _check_layers(config: AdaptQConfig) -> Iterator[str]:
     layers = config.layers_to_transform
     if layers is None:
         return
+    layers = [layers] if type(layers) is int else layers
     integers = isinstance(layers, list) and all(type(index) is int and index >= 0 for index in layers)
     if not isinstance(layers, list) or not integers or not layers or len(set(layers)) != len(layers):
-        yield f"layers_to_transform is {layers!r}; allowed: a list of different block indices, each 0 or more"
+        yield (
+            f"layers_to_transform is {config.layers_to_transform!r}; allowed: a list of different block indices, each "
+            "0 or more"
+        )
 
 
 def _check_calibration(config: AdaptQConfig) -> Iterator[str]:

@@ -17,6 +17,9 @@ VALUES_PER_TENSOR = 4
 #: Two roundings to bfloat16, each by at most 2^-9 relative, where the base is loaded in another dtype than before.
 DTYPE_TOLERANCE = 2.0**-7
 
+_OF_ADAPTERS = ("adaptq_", "trainable_tokens_", "modules_to_save")
+_WRAPPERS = ("base_layer", "original_module", "token_adapter")
+
 
 def fingerprint_base(model: nn.Module, blocks: list[Block], adapted: Collection[int]) -> dict[str, Any]:
     """A JSON-able description of a base model: names, shapes and a sample of its values.
@@ -104,9 +107,9 @@ def _base_parameters(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     own: list[tuple[str, torch.Tensor]] = []
     for name, parameter in model.named_parameters():
         parts = name.split(".")
-        if any(part.startswith("adaptq_") or part in ("modules_to_save", "token_adapter") for part in parts):
+        if any(part.startswith(_OF_ADAPTERS) for part in parts):
             continue
-        own.append((".".join(p for p in parts if p not in ("base_layer", "original_module")), parameter))
+        own.append((".".join(p for p in parts if p not in _WRAPPERS), parameter))
     return own
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import AdaptQConfig
 from .delta_linear import add_deltas, delta_linear
+
+#: Layers of which PEFT knows the number of inputs and outputs.
+_WITH_FEATURES = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
 class Delta(nn.Module):
@@ -42,7 +45,11 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: AdaptQConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self._parameter_names = tuple(name for name, _ in base_layer.named_parameters(recurse=False))
         self.adaptq_delta = nn.ModuleDict()
+        if isinstance(base_layer, _WITH_FEATURES):
+            features: Any = _get_in_out_features(base_layer)
+            self.in_features, self.out_features = features
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._unmerged_data: dict[str, torch.Tensor] = {}
@@ -56,7 +63,7 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
         dtype = getattr(torch, config.delta_dtype) if config.delta_dtype else None
         differences = {
             name: torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-            for name, parameter in self.base_layer.named_parameters(recurse=False)
+            for name, parameter in self._base_parameters().items()
         }
         if not config.init_weights:
             for difference in differences.values():
@@ -75,13 +82,43 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
         if adapter in self.scaling:
             self.scaling[adapter] = scale
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        if adapter_names is not None:
+            return self._forward_mixed_batch(adapter_names, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters = [] if self.disable_adapters or self.merged else self._applied_adapters()
         if not adapters:
             return self.base_layer(*args, **kwargs)
         return self._forward_with_deltas(adapters, *args, **kwargs)
+
+    def _forward_mixed_batch(self, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Each sample through the adapter that `adapter_names` gives for it; "__base__" is none."""
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        size = len(args[0] if args else next(iter(kwargs.values())))
+        if size % len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {size} respectively."
+            )
+        names = [name for name in adapter_names for _ in range(size // len(adapter_names))]
+        result: torch.Tensor | None = None
+        for adapter in dict.fromkeys(names):
+            rows = [row for row, name in enumerate(names) if name == adapter]
+            inputs = [_rows(value, rows, size) for value in args]
+            named = {key: _rows(value, rows, size) for key, value in kwargs.items()}
+            known = adapter in self.adaptq_delta
+            part = (
+                self._forward_with_deltas([adapter], *inputs, **named) if known else self.base_layer(*inputs, **named)
+            )
+            if result is None:
+                result = part.new_empty((size, *part.shape[1:]))
+            result[rows] = part
+        assert result is not None
+        return result
 
     def _applied_adapters(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.adaptq_delta]
@@ -90,9 +127,13 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
         """The path for any layer: its forward, with other tensors in place of its parameters."""
         parameters = {
             name: self._adapted(name, parameter, adapters, parameter.dtype)
-            for name, parameter in self.base_layer.named_parameters(recurse=False)
+            for name, parameter in self._base_parameters().items()
         }
         return torch.func.functional_call(self.base_layer, parameters, args, kwargs)
+
+    def _base_parameters(self) -> dict[str, torch.Tensor]:
+        """The layer's own parameters by name. Attributes, because FSDP replaces parameters by plain tensors."""
+        return {name: getattr(self.base_layer, name) for name in self._parameter_names}
 
     def _deltas(self, name: str, adapters: list[str]) -> list[torch.Tensor]:
         return [getattr(self.adaptq_delta[adapter], name) for adapter in adapters]
@@ -116,7 +157,7 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adaptq_delta]
         if not new:
             return
-        parameters = dict(self.base_layer.named_parameters(recurse=False))
+        parameters = self._base_parameters()
         originals = self._unmerged_data or {name: parameter.data for name, parameter in parameters.items()}
         with torch.no_grad():
             merged = {
@@ -124,9 +165,7 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
                 for name, original in originals.items()
             }
         if safe_merge and not all(torch.isfinite(tensor).all() for tensor in merged.values()):
-            raise ValueError(
-                f"merging adapters {new} gives weights that are not finite; the adapter seems to be broken"
-            )
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(new)} seems to be broken")
         for name, tensor in merged.items():
             parameters[name].data = tensor
         self._unmerged_data = originals
@@ -134,9 +173,8 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Put back the tensors from before the merge: subtracting a delta would not restore a bfloat16 weight."""
-        for name, parameter in self.base_layer.named_parameters(recurse=False):
-            if name in self._unmerged_data:
-                parameter.data = self._unmerged_data[name]
+        for name, original in self._unmerged_data.items():
+            getattr(self.base_layer, name).data = original
         self._unmerged_data = {}
         self.merged_adapters.clear()
 
@@ -180,6 +218,11 @@ class AdaptQLinear(AdaptQLayer):
             self._scales(adapters),
             transposed=isinstance(self.base_layer, Conv1D),
         )
+
+
+def _rows(value: Any, rows: list[int], size: int) -> Any:
+    """The given rows of a tensor with one row a sample; anything else as it is."""
+    return value[rows] if isinstance(value, torch.Tensor) and value.ndim and len(value) == size else value
 
 
 def _has_hooks(module: nn.Module) -> bool:

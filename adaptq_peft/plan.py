@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -85,9 +85,13 @@ def _blocks_or_none(model: nn.Module, config: AdaptQConfig) -> list[Block]:
 
 def _select(model: nn.Module, blocks: list[Block], config: AdaptQConfig) -> tuple[list[int], ActivationProfile | None]:
     if config.layers_to_transform is not None:
-        chosen = cast(list[int], config.layers_to_transform)  # the config turns an int into a list
+        given = config.layers_to_transform
+        chosen = [given] if isinstance(given, int) else given
         _check_indices(chosen, len(blocks))
         return chosen, config.profile
+    named = _blocks_of_targets(model, blocks, config)
+    if named:
+        return named, None
     # The small number is for ratios such as 0.29, whose product with 100 is a little below 29.
     count = config.num_adapted_blocks or max(1, math.floor(config.selection_ratio * len(blocks) + 1e-9))
     profile = config.profile
@@ -100,6 +104,16 @@ def _select(model: nn.Module, blocks: list[Block], config: AdaptQConfig) -> tupl
         )
     request = SelectionRequest(num_blocks=len(blocks), profile=profile, seed=config.selection_seed)
     return select_blocks(config.selection_strategy, request, count), profile
+
+
+def _blocks_of_targets(model: nn.Module, blocks: list[Block], config: AdaptQConfig) -> list[int]:
+    """The blocks that `target_modules` names, if it names some and not all, and nothing else says which to adapt."""
+    says_more = config.num_adapted_blocks or config.profile or config.calibration.data is not None
+    if config.target_modules is None or says_more:
+        return []
+    names = find_targets(model, None, config)
+    named = [block.index for block in blocks if any(name.startswith(f"{block.name}.") for name in names)]
+    return named if len(named) < len(blocks) else []
 
 
 def _profile(model: nn.Module, config: AdaptQConfig) -> ActivationProfile:

@@ -24,19 +24,29 @@ def find_targets(model: nn.Module, adapted: list[Block] | None, config: AdaptQCo
         config: its `target_modules`, `exclude_modules` and `modules_to_save` narrow the choice.
 
     Raises:
-        ValueError: if a layer can't get deltas: it is quantized already, or holds both parameters and other layers.
+        ValueError: if a layer can't get deltas: it is quantized already, or an `nn.MultiheadAttention`.
     """
     prefixes = None if adapted is None else tuple(f"{block.name}." for block in adapted)
     targets: list[str] = []
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{target}.") for target in targets)
-        if inside or not name or (prefixes is not None and not name.startswith(prefixes)):
+        if not name or _is_inside_a_wrapper(name) or (prefixes is not None and not name.startswith(prefixes)):
             continue
         layer = module.base_layer if isinstance(module, AdaptQLayer) else module
-        if any(True for _ in layer.parameters(recurse=False)) and is_targeted(name, layer, config):
+        if any(True for _ in layer.parameters(recurse=False)) and is_targeted(_base_name(name), layer, config):
             _check_supported(name, layer)
             targets.append(name)
     return targets
+
+
+def _is_inside_a_wrapper(name: str) -> bool:
+    """Whether a name is that of a wrapped layer or of its deltas; the wrapper itself stands for both."""
+    parts = name.split(".")
+    return parts[-1] == "base_layer" or any(part.startswith("adaptq_") for part in parts)
+
+
+def _base_name(name: str) -> str:
+    """The name of a layer in the model without adapters."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
 def is_targeted(name: str, layer: nn.Module, config: AdaptQConfig) -> bool:
@@ -69,8 +79,8 @@ def _check_supported(name: str, layer: nn.Module) -> None:
             f"{name} is quantized already, and an adapted block needs its original weights. Load the model without a "
             "quantization_config, or with one whose llm_int8_skip_modules names the adapted blocks."
         )
-    if any(True for _ in layer.children()):
+    if isinstance(layer, nn.MultiheadAttention):
         raise ValueError(
-            f"{name} ({type(layer).__name__}) holds both parameters of its own and other layers, which can't get "
-            "deltas. Leave it out with exclude_modules, or choose layers with target_modules."
+            f"{name} is an nn.MultiheadAttention, which reads the weights of its output projection itself: a delta "
+            "there would have no effect. Leave it out with exclude_modules, or choose layers with target_modules."
         )

@@ -17,6 +17,7 @@ from .checkpoint import check_adapter_tensors
 from .config import AdaptQConfig
 from .frozen_prefix import FrozenPrefix
 from .layer import AdaptQLayer, create_layer
+from .mixed_batch import mixed_batch
 from .plan import AdapterPlan, make_plan
 from .quantization import (
     QuantizationReport,
@@ -58,8 +59,16 @@ class AdaptQTuner(BaseTuner):
             swap = QuantizedSwap(model, plan.frozen, settings, lambda name: is_excluded(name, config))
             self._targets = plan.targets
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._update_nested_layers(model, adapter_name, config)
             swap.commit()
         self._finish(model, config, plan, swap.report)
+
+    def _update_nested_layers(self, model: nn.Module, adapter_name: str, config: AdaptQConfig) -> None:
+        """Add the adapter where PEFT does not look: adapter layers inside a layer that is wrapped itself."""
+        for name in self._targets:
+            layer = cast(AdaptQLayer, model.get_submodule(name))
+            if adapter_name not in layer.adaptq_delta:
+                layer.update_layer(adapter_name, config)
 
     def _finish(self, model: nn.Module, config: AdaptQConfig, plan: AdapterPlan, report: QuantizationReport) -> None:
         config.layers_to_transform = plan.adapted or None
@@ -88,7 +97,7 @@ class AdaptQTuner(BaseTuner):
         try:
             yield
         except BaseException:
-            for name, module in list(model.named_modules()):
+            for name, module in reversed(list(model.named_modules())):  # inner layers before those around them
                 if isinstance(module, AdaptQLayer):
                     module.remove_adapter(adapter_name)
                     if not module.adaptq_delta:
@@ -145,6 +154,16 @@ class AdaptQTuner(BaseTuner):
         check_adapter_tensors(expected, found, others)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # A layer that is wrapped and holds other layers keeps holding them.
+        setattr(parent.base_layer if isinstance(parent, AdaptQLayer) else parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.pop("adapter_names", None)
+        with mixed_batch(self.model, names, self.peft_config, kwargs.get("num_beams") or 1):
+            yield
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapter(s), as in other PEFT methods."""
         super().set_adapter(adapter_name, inference_mode=inference_mode)
@@ -162,7 +181,8 @@ class AdaptQTuner(BaseTuner):
                 "dequantized ones. Load the base model again where you need the originals.",
                 stacklevel=3,
             )
-        super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        while any(isinstance(module, AdaptQLayer) for module in self.model.modules()):  # wrapped within wrapped ones
+            super()._unload_and_optionally_merge(merge, *args, **kwargs)
         self._frozen_prefix.disable_input_require_grads()
         dequantize_frozen(self.model, swapped)
         return self.model

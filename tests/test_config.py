@@ -65,9 +65,9 @@ def test_an_unknown_task_type_is_an_error_of_peft():
 
 
 def test_forms_of_fields_are_brought_to_one():
-    assert AdaptQConfig(layers_to_transform=3).layers_to_transform == [3]
+    assert AdaptQConfig(layers_to_transform=3).layers_to_transform == 3
     assert AdaptQConfig(layers_to_transform=range(4, 2, -1)).layers_to_transform == [3, 4]
-    assert AdaptQConfig(target_modules={"v_proj", "q_proj"}).target_modules == ["q_proj", "v_proj"]
+    assert AdaptQConfig(target_modules=["v_proj", "q_proj"]).target_modules == {"q_proj", "v_proj"}
     assert AdaptQConfig(delta_dtype=torch.bfloat16).delta_dtype == "bfloat16"
 
 

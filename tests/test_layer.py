@@ -147,7 +147,9 @@ def test_several_adapters_add_up_and_merge_one_by_one():
 def test_safe_merge_refuses_values_that_are_not_finite():
     layer = make_layer(nn.Linear(8, 6))
     layer.adaptq_delta["default"].weight.data[0, 0] = float("inf")
-    with pytest.raises(ValueError, match=r"merging adapters \['default'\] gives weights that are not finite"):
+    with pytest.raises(
+        ValueError, match=r"NaNs detected in the merged weights\. The adapter default seems to be broken"
+    ):
         layer.merge(safe_merge=True)
     assert not layer.merged
     assert torch.isfinite(layer.base_layer.weight).all()
@@ -205,3 +207,23 @@ def test_a_delta_cannot_be_called():
     layer = make_layer(nn.Linear(8, 6))
     with pytest.raises(RuntimeError, match="only holds parameters; call the layer that owns it"):
         layer.adaptq_delta["default"](torch.randn(2, 8))
+
+
+def test_each_sample_of_a_batch_through_its_own_adapter():
+    layer = make_layer(nn.Linear(8, 6))
+    layer.update_layer("second", AdaptQConfig(delta_scaling=2.0))
+    randomize(layer)
+    randomize(layer, "second")
+    x = torch.randn(4, 3, 8)
+    with torch.no_grad():
+        expected = []
+        for row, name in enumerate(("second", "__base__", "default", "second")):
+            layer.set_adapter([] if name == "__base__" else name)
+            expected.append(layer(x[row : row + 1]))
+        found = layer(x, adapter_names=["second", "__base__", "default", "second"])
+    torch.testing.assert_close(found, torch.cat(expected))
+    with pytest.raises(ValueError, match="should be the same as the number of inputs, but got 3 and 4 respectively"):
+        layer(x, adapter_names=["default"] * 3)
+    layer.merge(adapter_names=["default"])
+    with pytest.raises(ValueError, match="when there are merged adapters, please call `unmerge_adapter` first"):
+        layer(x, adapter_names=["default"] * 4)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from adaptq_peft import AdaptQConfig
@@ -70,16 +71,53 @@ def test_a_quantized_layer_cannot_be_adapted(llama):
         targets(llama)
 
 
-def test_a_module_with_both_parameters_and_layers_is_an_error():
-    class Mixer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.decay = nn.Parameter(torch.zeros(4))
-            self.projection = nn.Linear(4, 4)
+class Mixer(nn.Module):
+    """Parameters of its own and a layer, as in Mamba and DeBERTa."""
 
+    def __init__(self):
+        super().__init__()
+        self.decay = nn.Parameter(torch.ones(4))
+        self.projection = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.projection(x) * self.decay
+
+
+def mixers():
+    torch.manual_seed(0)
     model = nn.Module()
     model.layers = nn.ModuleList([nn.ModuleDict({"mixer": Mixer()})])
-    with pytest.raises(
-        ValueError, match=r"layers\.0\.mixer \(Mixer\) holds both parameters of its own and other layers"
-    ):
+    model.forward = lambda x: model.layers[0]["mixer"](x)
+    return model
+
+
+def test_a_layer_with_parameters_and_layers_of_its_own():
+    assert targets(mixers(), index=0) == ["layers.0.mixer", "layers.0.mixer.projection"]
+
+
+def test_layers_inside_wrapped_layers_are_trained_saved_and_unloaded():
+    model, x = mixers(), torch.randn(2, 4)
+    expected = model.forward(x)
+    config = AdaptQConfig(layers_to_transform=[0])
+    wrapped = get_peft_model(model, config)
+    wrapped.add_adapter("second", AdaptQConfig(layers_to_transform=[0], init_weights=False))
+    assert torch.equal(model.forward(x), expected)
+    names = {name for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert len(names) == 3
+    assert len(get_peft_model_state_dict(wrapped, adapter_name="second")) == 3
+    wrapped.set_adapter("second")
+    changed = model.forward(x)
+    assert not torch.allclose(changed, expected)
+    wrapped.merge_adapter()
+    torch.testing.assert_close(model.forward(x), changed)
+    wrapped.unmerge_adapter()
+    unloaded = wrapped.unload()
+    assert torch.equal(unloaded.forward(x), expected)
+    assert [type(module).__name__ for module in unloaded.layers.modules()][2:] == ["Mixer", "Linear"]
+
+
+def test_multihead_attention_cannot_be_adapted():
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 8)])
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn is an nn\.MultiheadAttention.*with exclude_modules"):
         targets(model, index=0)

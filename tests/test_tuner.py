@@ -201,7 +201,7 @@ class TestFailing:
             ({"layers_pattern": "h"}, r"layers_pattern 'h' matches no list of blocks in LlamaForCausalLM"),
             ({"calibration_data": []}, r"The calibration data \(list\) holds no samples"),
             ({"calibration_data": [{"input_ids": []}]}, r"calibration sample 0 has no tokens"),
-            ({"target_modules": ["no_such"], "layers_to_transform": [0]}, r"Target modules \['no_such'\] not found"),
+            ({"target_modules": ["no_such"], "layers_to_transform": [0]}, r"Target modules {'no_such'} not found"),
             ({"trainable_token_indices": {"no_such": [1]}, "layers_to_transform": [0]}, r"no_such"),
         ],
     )

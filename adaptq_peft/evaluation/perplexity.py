@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from ..evaluation_mode import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,7 +94,7 @@ def evaluate_perplexity(
     windows = _windows(_token_stream(tokenizer, texts, max_tokens), max_length)
     total = sum(window.numel() for window in windows)
     nll, done = 0.0, 0
-    with _evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         for batch in _batches(windows, batch_size):
             nll += _batch_nll(model, batch)
             done += batch.numel()
@@ -150,15 +151,3 @@ def _batch_nll(model: nn.Module, tokens: Tensor) -> float:
         nn.functional.cross_entropy(rows.float(), wanted.to(rows.device), reduction="sum").double().item()
         for rows, wanted in parts
     )
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode; afterwards each submodule has the mode that it had."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training

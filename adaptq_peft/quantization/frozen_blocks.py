@@ -55,10 +55,10 @@ class QuantizedSwap:
         if settings is None:
             return
         check_bitsandbytes()
-        counts = _parameter_use_counts(model)
+        counts, kept = _parameter_use_counts(model), _kept_in_float32(model)
         for block in tqdm(list(frozen), desc="Quantizing frozen blocks", unit="block", delay=2):
             for name, linear in _linears(block):
-                if reason := _reason_to_leave(name, linear, settings, counts, is_excluded):
+                if reason := _reason_to_leave(name, linear, settings, counts, kept, is_excluded):
                     self.report.left[name] = reason
                     continue
                 try:
@@ -99,17 +99,29 @@ def _parameter_use_counts(model: nn.Module) -> dict[int, int]:
     return counts
 
 
+def _kept_in_float32(model: nn.Module) -> set[str]:
+    """Names of layers that transformers leaves in float32 in a 16-bit model, such as `wo` of T5."""
+    names: set[str] = set()
+    for module in model.modules():
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            names.update(vars(type(module)).get(attribute) or getattr(module, attribute, None) or ())
+    return names
+
+
 def _reason_to_leave(
     name: str,
     linear: nn.Linear | Conv1D,
     settings: QuantizationSettings,
     counts: dict[int, int],
+    kept_in_float32: set[str],
     is_excluded: Callable[[str], bool],
 ) -> str | None:
     if is_excluded(name):
         return "named in exclude_modules or modules_to_save"
     if any(name == skip or name.endswith(f".{skip}") for skip in settings.skip_modules):
         return "named in llm_int8_skip_modules"
+    if kept_in_float32.intersection(name.split(".")):
+        return "transformers keeps it in float32, and reads its weight"
     if counts[id(linear.weight)] > 1:
         return "its weight is shared with another module"
     if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):

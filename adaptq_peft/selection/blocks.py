@@ -16,7 +16,7 @@ class Block:
     module: nn.Module
 
 
-def find_blocks(model: nn.Module, layers_pattern: str | None = None) -> list[Block]:
+def find_blocks(model: nn.Module, layers_pattern: str | list[str] | None = None) -> list[Block]:
     """Find the transformer blocks of a model, in the order in which they run.
 
     A candidate is an outermost `ModuleList` whose entries are of one class and hold parameters. Among several, those
@@ -25,7 +25,8 @@ def find_blocks(model: nn.Module, layers_pattern: str | None = None) -> list[Blo
 
     Args:
         model: any module; a transformers model, or one that PEFT has wrapped.
-        layers_pattern: dotted name of the `ModuleList`, or its end ("h", "decoder.layers"). Default `None`: find it.
+        layers_pattern: dotted name of the `ModuleList`, or its end ("h", "decoder.layers"), or several, of which
+            those that match are taken. Default `None`: find it.
 
     Returns:
         One `Block` for each entry, indices from 0.
@@ -34,8 +35,9 @@ def find_blocks(model: nn.Module, layers_pattern: str | None = None) -> list[Blo
         ValueError: if no list of blocks is found, or `layers_pattern` matches none.
     """
     candidates = _candidate_lists(model)
-    if layers_pattern is not None:
-        chosen = {n: m for n, m in candidates.items() if n == layers_pattern or n.endswith(f".{layers_pattern}")}
+    if layers_pattern:
+        patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+        chosen = {name: m for name, m in candidates.items() if any(f".{name}".endswith(f".{p}") for p in patterns)}
         if not chosen:
             raise ValueError(
                 f"layers_pattern {layers_pattern!r} matches no list of blocks in {type(model).__name__}. "

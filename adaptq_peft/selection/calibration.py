@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
+from ..evaluation_mode import evaluation_mode
+
 Batch = dict[str, Any]
 
 #: Tokens of a sample that the model writes itself: the paper's samples are this short, and longer ones take minutes.
@@ -35,13 +37,15 @@ def calibration_batches(
             (a sample a line), .json or .jsonl file, or `None`: the model writes its own text.
         tokenizer: tokenizer for texts and messages.
         samples: how many samples at most.
-        max_length: tokens a sample is cut to.
+        max_length: tokens a sample is cut to; never more than the model has positions.
         batch_size: samples a batch (a `DataLoader` keeps its own).
 
     Raises:
         ValueError: if there are no samples, a sample has no tokens, or its form is unknown.
         FileNotFoundError: if a path names no file.
     """
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    max_length = min(max_length, limit) if isinstance(limit, int) and limit > 0 else max_length
     if isinstance(data, DataLoader):
         batches = list(_take_from_loader(data, samples))
     else:
@@ -95,24 +99,19 @@ def write_calibration_samples(model: nn.Module, count: int, length: int, seed: i
     start = start[0] if isinstance(start, list) else start
     device = next(model.parameters()).device
     prompt = torch.full((count, 1), start, dtype=torch.long, device=device)
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            written = model.generate(  # type: ignore[operator]
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=max(length - 1, 1),
-                pad_token_id=start,
-            )
-    finally:
-        for module in was_training:
-            module.training = True
+    random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with evaluation_mode(model), torch.no_grad(), random_state:
+        torch.manual_seed(seed)
+        written = model.generate(  # type: ignore[operator]
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=max(length - 1, 1),
+            pad_token_id=start,
+        )
     end = config.eos_token_id
     ends = set(end if isinstance(end, list) else [end])
     return [{"input_ids": _cut_after_end(row.tolist(), ends)} for row in written]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..evaluation_mode import evaluation_mode
 from .blocks import Block, find_blocks
 from .calibration import Batch, batch_sample_count, calibration_batches
 
@@ -169,7 +170,7 @@ def _profile_batches(model: nn.Module, blocks: list[Block], batches: list[Batch]
     sums = _RunningSums(blocks)
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     progress = tqdm(batches, desc="Profiling activations", unit="batch", delay=2)
-    with _evaluation_mode(model), _hooks(blocks, sums), torch.no_grad():
+    with evaluation_mode(model), _hooks(blocks, sums), torch.no_grad():
         for batch in progress:
             on_device = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
             sums.begin(on_device)
@@ -182,17 +183,6 @@ def _profile_batches(model: nn.Module, blocks: list[Block], batches: list[Batch]
                 "layers_pattern"
             )
     return sums
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

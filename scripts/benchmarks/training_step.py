@@ -4,8 +4,7 @@
 
 The variants, all with AdamW, run in turn in one process:
 - adaptq: the top half of the blocks adapted, the rest as `--quantization` says, deltas in the dtype of the weights;
-- unfrozen: the same blocks of the same base unfrozen directly, without PEFT (with `--quantization none` the plain base,
-  else with the same 4-bit linears);
+- unfrozen: the same blocks of the same base unfrozen directly, without PEFT, the others quantized in the same way;
 - lora: PEFT's LoRA, r=8 on all linears, 16-bit base; qlora: the same with all linears of the blocks in NF4.
 
 `step_bytes` is the peak within a step beyond what is held between steps, `held_bytes` parameters, gradients excluded.

@@ -1,6 +1,6 @@
 """The ADAPTQ cases that are put into PEFT's parametrizations by method, in place of those of other methods.
 
-`CASES` names a parametrization by file and arguments, `CASES_OF_TEST` a single test. `fast` names what `--fast` keeps.
+`CASES` names a parametrization by file and arguments, `CASES_OF_TEST` a single test.
 """
 
 from __future__ import annotations
@@ -14,9 +14,21 @@ from adaptq_peft import AdaptQConfig
 
 Values = list[Any]
 
+#: What `--fast` keeps: the cases with these ids, else the first of a list, on these models.
+FAST_CASES = frozenset({"nf4", "MLP-both", "MLP-modules_to_save", "Embedding-Conv1D", "Conv2d", "same"})
+FAST_MODELS = frozenset(
+    {
+        "peft-internal-testing/tiny-random-OPTForCausalLM",
+        "peft-internal-testing/tiny-random-GPT2LMHeadModel",
+        "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated",
+        "peft-internal-testing/tiny-random-DebertaModel",
+        "peft-internal-testing/tiny-random-BertForSequenceClassification",
+    }
+)
 
-def _rows(*rows: tuple[Any, ...], ids: list[str] | None = None) -> Values:
-    return [pytest.param(*row, id=name) for row, name in zip(rows, ids or [f"adaptq{i}" for i in range(len(rows))])]
+
+def _rows(*rows: tuple[Any, ...], ids: list[str]) -> Values:
+    return [pytest.param(*row, id=name) for row, name in zip(rows, ids, strict=True)]
 
 
 # ---------------------------------------------------------------- models without blocks: target_modules and no profile
@@ -112,6 +124,11 @@ FEATURE_EXTRACTION = _configs(_variants("FEATURE_EXTRACTION"))
 SEQ_CLS = _configs(_variants("SEQ_CLS"))
 
 
+def _strong(task_type: str) -> Values:
+    """For tests that want each adapter to generate other tokens than the base model."""
+    return _configs({name: {**kwargs, "delta_scaling": 2.0} for name, kwargs in _variants(task_type).items()})
+
+
 def _compile_settings() -> Values:
     # The graph is what ADAPTQ can break; compiling it to C++ takes a minute a case, and is PyTorch's affair.
     backend = {"backend": "aot_eager", "torch_compile_backend": "aot_eager"}
@@ -148,6 +165,8 @@ CASES: dict[tuple[str, tuple[str, ...]], Callable[[], Values]] = {
 
 CASES_OF_TEST: dict[tuple[str, str], Callable[[], Values]] = {
     ("test_decoder_models", "test_training_decoders_layer_indexing"): lambda: _all_blocks("CAUSAL_LM"),
+    ("test_decoder_models", "test_generate_with_mixed_adapter_batches"): lambda: _strong("CAUSAL_LM"),
+    ("test_encoder_decoder_models", "test_generate_with_mixed_adapter_batches"): lambda: _strong("SEQ_2_SEQ_LM"),
     ("test_encoder_decoder_models", "test_training_encoder_decoders_layer_indexing"): lambda: _all_blocks(
         "SEQ_2_SEQ_LM"
     ),

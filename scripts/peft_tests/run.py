@@ -65,6 +65,7 @@ def main() -> int:
         files = [str(tests / file) for file in arguments.files or FILES]
         options = ["-p", "adaptq_plugin", "-p", "no:cacheprovider", "-q", "-rfEs", "--tb=short"]
         options += ["--fast"] * arguments.fast
+        options += ["--all-skips-used"] * (not arguments.fast and not arguments.files and not pytest_arguments)
         here = Path(__file__).resolve().parent
         environment = {
             **os.environ,

@@ -54,36 +54,35 @@ def from_lora_config(
     *args: Any, r: Any = None, lora_alpha: Any = None, init_lora_weights: bool = True, bias: Any = None, **kwargs: Any
 ) -> AdaptQConfig:
     """`AdaptQConfig` where a test that is the same for every method writes `LoraConfig`."""
-    return AdaptQConfig(*args, init_weights=init_lora_weights, **kwargs)
+    return AdaptQConfig(*args, init_weights=init_lora_weights, quantization="none", **kwargs)
 
 
-#: (file, pattern of "Class.test") of tests that write `LoraConfig` but check what every method shares.
-COMMON_TESTS: tuple[tuple[str, str], ...] = (
-    ("test_tuners_utils", "TestTargetedModuleNames.test_*_targeted_module_*"),
-    ("test_tuners_utils", "TestTargetedModuleNames.test_layers_to_transform_filters_by_layer_not_expert_index"),
-    ("test_tuners_utils", "TestExcludedModuleNames.test_*"),
-    ("test_tuners_utils", "TestModelAndLayerStatus.test_*"),
-    ("test_tuners_utils", "TestTunerStateDictKeyPrefixes.test_prefixes_auxiliary_modules_not_included"),
-    ("test_tuners_utils", "TestTunerStateDictKeyPrefixes.test_prefixes_tuner_layer_inside_auxiliary_*"),
-    ("test_low_level_api", "TestPeftStateDict.test_get_and_set_peft_model_state_dict_*"),
-    ("test_low_level_api", "TestPeftStateDict.test_get_peft_model_state_dict_removes_*"),
-    ("test_low_level_api", "TestPeftStateDict.test_trained_modules_to_save_module_named_like_peft_prefix_*"),
-    ("test_low_level_api", "TestPeftStateDict.test_set_peft_model_state_dict_preserves_input"),
-    ("test_low_level_api", "TestGetBaseModelStateDict.test_*"),
+#: Patterns of "file.Class.test" of tests that write `LoraConfig` but check what every method shares.
+COMMON_TESTS: tuple[str, ...] = (
+    "test_tuners_utils.TestTargetedModuleNames.test_*_targeted_module_*",
+    "test_tuners_utils.TestTargetedModuleNames.test_layers_to_transform_filters_by_layer_not_expert_index",
+    "test_tuners_utils.TestExcludedModuleNames.test_*",
+    "test_tuners_utils.TestModelAndLayerStatus.test_*",
+    "test_tuners_utils.TestTunerStateDictKeyPrefixes.test_prefixes_auxiliary_modules_not_included",
+    "test_tuners_utils.TestTunerStateDictKeyPrefixes.test_prefixes_tuner_layer_inside_auxiliary_*",
+    "test_low_level_api.TestPeftStateDict.test_get_and_set_peft_model_state_dict_*",
+    "test_low_level_api.TestPeftStateDict.test_get_peft_model_state_dict_removes_*",
+    "test_low_level_api.TestPeftStateDict.test_trained_modules_to_save_module_named_like_peft_prefix_*",
+    "test_low_level_api.TestPeftStateDict.test_set_peft_model_state_dict_preserves_input",
+    "test_low_level_api.TestGetBaseModelStateDict.test_*",
 )
-#: Tests that name no method at all, but run over all registered ones.
-TESTS_OF_ALL_METHODS: tuple[tuple[str, str], ...] = (("test_config", "TestPeftConfig.test_from_peft_type"),)
+#: Tests that name no method, but run over all registered ones.
+TESTS_OF_ALL_METHODS: tuple[str, ...] = ("test_config.TestPeftConfig.test_from_peft_type",)
 
 #: PEFT lists, by class and inside a test, the methods that support a feature. Where ADAPTQ does too it takes the place
-#: of one of them: (file of the test, pattern of its function) -> the file that has the list, the name in it.
-LISTED_METHODS: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
-    ("*", "test_mixed_adapter_batches"): (("testing_common", "RoadConfig"), ("test_decoder_models", "LoraConfig")),
-    ("*", "test_generate_with_mixed_adapter_batches"): (
+#: of one of them: test -> (file with the list, name in it).
+LISTED_METHODS: dict[str, tuple[tuple[str, str], ...]] = {
+    "test_mixed_adapter_batches": (("testing_common", "RoadConfig"), ("test_decoder_models", "LoraConfig")),
+    "test_generate_with_mixed_adapter_batches": (
         ("testing_common", "LoraConfig"),
         ("test_decoder_models", "LoraConfig"),
     ),
 }
-
 #: Functions of PEFT's tests that skip, or change, the cases of methods that they don't know.
 SKIPPING_FUNCTIONS: tuple[tuple[str, str], ...] = (
     ("testing_common", "_skip_if_conv1d_not_supported"),  # a list of the methods that can do GPT-2's Conv1D

@@ -100,3 +100,15 @@ def test_multihead_attention_keeps_its_output_projection():
     swap.commit()
     model.layers[0].train()
     assert torch.isfinite(model.layers[0](torch.randn(1, 3, 64))).all()
+
+
+def test_layers_that_transformers_keeps_in_float32_are_left():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    model = T5ForConditionalGeneration(
+        T5Config(d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4, vocab_size=20, decoder_start_token_id=0)
+    )
+    left = make_swap(model, indices=[0]).report.left
+    assert left == {
+        "encoder.block.0.layer.1.DenseReluDense.wo": "transformers keeps it in float32, and reads its weight"
+    }

@@ -51,8 +51,9 @@ def test_the_largest_of_several_lists_is_chosen_and_a_pattern_chooses_another():
     assert len(find_blocks(TwoTowers(), "vision")) == 3
 
 
-def test_a_pattern_may_be_the_end_of_a_name(llama):
+def test_a_pattern_may_be_the_end_of_a_name_or_one_of_a_list(llama):
     assert len(find_blocks(llama, "layers")) == 4
+    assert len(find_blocks(llama, ["h", "layers"])) == 4
 
 
 def test_lists_inside_blocks_are_not_blocks():

@@ -1,0 +1,71 @@
+"""An adapter for each sample of a batch: `model(..., adapter_names=[...])`, at inference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .layer import AdaptQLayer
+
+BASE = "__base__"
+
+
+@contextmanager
+def mixed_batch(
+    model: nn.Module, adapter_names: list[str] | None, known: Mapping[str, Any], num_beams: int = 1
+) -> Iterator[None]:
+    """Within the context, each call of the model's adapter layers applies `adapter_names`, one for each sample.
+
+    Args:
+        model: the base model with adapter layers in it.
+        adapter_names: one name a sample, "__base__" for none; `None`: the active adapter, as always.
+        known: the adapters of the model.
+        num_beams: of beam search, which repeats each sample in the decoder.
+
+    Raises:
+        ValueError: if the model is in training mode, or a name is unknown.
+        TypeError: if `adapter_names` is not a list.
+    """
+    if adapter_names is None:
+        yield
+        return
+    if model.training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+    if not isinstance(adapter_names, (list, tuple)):
+        raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
+    unknown = sorted(set(adapter_names) - {BASE} - set(known))
+    if unknown:
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+    repeated = [name for name in adapter_names for _ in range(num_beams)]
+    encoder = _encoder_modules(model)
+    handles = [
+        module.register_forward_pre_hook(
+            partial(_pass_names, adapter_names=list(adapter_names) if module in encoder else repeated),
+            with_kwargs=True,
+        )
+        for module in model.modules()
+        if isinstance(module, (AdaptQLayer, AuxiliaryTrainingWrapper))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _encoder_modules(model: nn.Module) -> set[nn.Module]:
+    """Modules of the encoder of an encoder-decoder model, which sees each sample once."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return set()
+    return set(model.get_encoder().modules())  # type: ignore[operator]
+
+
+def _pass_names(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": adapter_names}

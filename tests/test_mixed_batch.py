@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from adaptq_peft import AdaptQConfig
+from adaptq_peft.layer import AdaptQLayer
+
+
+@pytest.fixture
+def two_adapters(model):
+    """Two random adapters on the same blocks of a quantized model."""
+
+    def config():
+        return AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[1, 3], init_weights=False)
+
+    torch.manual_seed(0)
+    wrapped = get_peft_model(model, config())
+    wrapped.add_adapter("second", config())
+    return wrapped.eval()
+
+
+def test_each_sample_gets_the_output_of_its_adapter(two_adapters, batch):
+    names = ["default", "__base__", "second", "default"]
+    with torch.no_grad():
+        outputs = {}
+        for name in ("default", "second"):
+            two_adapters.set_adapter(name)
+            outputs[name] = two_adapters(**batch).logits
+        with two_adapters.disable_adapter():
+            outputs["__base__"] = two_adapters(**batch).logits
+        found = two_adapters(**batch, adapter_names=names).logits
+    for row, name in enumerate(names):
+        torch.testing.assert_close(found[row], outputs[name][row], rtol=1e-4, atol=1e-5)
+    hooks = [m for m in two_adapters.modules() if isinstance(m, AdaptQLayer) and m._forward_pre_hooks]
+    assert hooks == []
+
+
+def test_errors(two_adapters, batch):
+    with pytest.raises(ValueError, match=r"Trying to infer with non-existing adapter\(s\): third"):
+        two_adapters(**batch, adapter_names=["default", "third", "second", "second"])
+    with pytest.raises(TypeError, match="Got adapter names of type <class 'str'>, expected a list of str"):
+        two_adapters(**batch, adapter_names="default")
+    with pytest.raises(ValueError, match="when the model is in training mode"):
+        two_adapters.train()(**batch, adapter_names=["default"] * 4)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+from torch import nn
+
+from adaptq_peft import AdaptQConfig
+from adaptq_peft.plan import make_plan
+
+
+def test_a_plan_changes_neither_the_model_nor_the_config(llama, samples):
+    config = AdaptQConfig(calibration_data=samples)
+    before, modules = copy.deepcopy(config.to_dict()), list(llama.modules())
+    plan = make_plan(llama, config, {})
+    assert config.to_dict() == before
+    assert list(llama.modules()) == modules
+    assert len(plan.adapted) == len(plan.frozen) == 2
+    assert {block.index for block in plan.frozen} | set(plan.adapted) == {0, 1, 2, 3}
+    assert plan.targets
+    assert all(any(f".{index}." in name for index in plan.adapted) for name in plan.targets)
+
+
+def test_explicit_blocks_skip_the_profile(llama):
+    plan = make_plan(llama, AdaptQConfig(layers_to_transform=[2, 0]), {})
+    assert plan.adapted == [0, 2]
+    assert plan.profile is None
+
+
+def test_an_index_out_of_range(llama):
+    with pytest.raises(ValueError, match=r"names blocks \[4, 9\], and the model has 4 blocks; allowed are 0 to 3"):
+        make_plan(llama, AdaptQConfig(layers_to_transform=[1, 4, 9]), {})
+
+
+def test_too_many_blocks_is_an_error_before_anything_is_profiled(llama, monkeypatch):
+    monkeypatch.setattr("adaptq_peft.plan.profile_activations", None)
+    with pytest.raises(ValueError, match="5 blocks are to be adapted, but the model has 4"):
+        make_plan(llama, AdaptQConfig(num_adapted_blocks=5), {})
+
+
+def test_a_model_without_blocks():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    plan = make_plan(model, AdaptQConfig(target_modules=["1"]), {})
+    assert (plan.blocks, plan.adapted, plan.targets) == ([], [], ["1"])
+    with pytest.raises(ValueError, match="No transformer blocks found"):
+        make_plan(model, AdaptQConfig(target_modules=["1"], calibration_data=["text"]), {})
+
+
+def test_other_adapters_must_agree_on_a_quantized_model(llama):
+    other = AdaptQConfig(layers_to_transform=[1])
+    make_plan(llama, AdaptQConfig(layers_to_transform=[1]), {"other": other})
+    with pytest.raises(ValueError, match=r"adapter 'other' on this model adapts blocks \[1\] with 'nf4'"):
+        make_plan(llama, AdaptQConfig(layers_to_transform=[2]), {"other": other})
+    with pytest.raises(ValueError, match="with quantization 'fp4'"):
+        make_plan(llama, AdaptQConfig(layers_to_transform=[1], quantization="fp4"), {"other": other})
+
+
+def test_targets_that_name_some_blocks_choose_them(llama):
+    config = AdaptQConfig(target_modules=["model.layers.2.mlp.up_proj", "layers.0.mlp.up_proj"])
+    assert make_plan(llama, config, {}).adapted == [0, 2]
+    config = AdaptQConfig(target_modules=["up_proj"], selection_strategy="first", num_adapted_blocks=1)
+    assert make_plan(llama, config, {}).targets == ["model.layers.0.mlp.up_proj"]
