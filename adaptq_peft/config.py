@@ -87,7 +87,7 @@ class AdaptQConfig(PeftConfig):
     selection_strategy: str = "activation"
     selection_seed: int = 0
     layers_to_transform: list[int] | int | None = None
-    layers_pattern: str | None = None
+    layers_pattern: list[str] | str | None = None
     target_modules: set[str] | list[str] | str | None = None
     exclude_modules: set[str] | list[str] | str | None = None
     modules_to_save: list[str] | None = None
@@ -121,7 +121,8 @@ class AdaptQConfig(PeftConfig):
     def _normalize(self) -> None:
         """Bring the forms that a field may take into the one that is stored: JSON types and `ActivationProfile`."""
         if isinstance(self.layers_to_transform, (list, tuple, set, range)):
-            self.layers_to_transform = sorted(self.layers_to_transform)
+            indices = list(self.layers_to_transform)
+            self.layers_to_transform = sorted(indices) if all(type(index) is int for index in indices) else indices
         if isinstance(self.target_modules, (list, tuple)):  # sets, as in other PEFT methods
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, (list, tuple)):

@@ -62,7 +62,7 @@ def is_excluded(name: str, config: AdaptQConfig) -> bool:
     return not match_by_peft(name, [name], config)
 
 
-def match_by_peft(name: str, target_modules: list[str] | str, config: AdaptQConfig) -> Any:
+def match_by_peft(name: str, target_modules: set[str] | list[str] | str, config: AdaptQConfig) -> Any:
     """What PEFT's own rule says of a layer: a true value, a false one, or its false marker of an excluded layer."""
     rules = SimpleNamespace(
         target_modules=target_modules,

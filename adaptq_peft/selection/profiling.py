@@ -48,7 +48,7 @@ def profile_activations(
     samples: int = 100,
     max_length: int = 512,
     batch_size: int = 8,
-    layers_pattern: str | None = None,
+    layers_pattern: str | list[str] | None = None,
 ) -> ActivationProfile:
     """Profile the blocks of a model on calibration data (Algorithm 1 of the paper).
 
