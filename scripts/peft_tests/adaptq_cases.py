@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -72,7 +73,7 @@ MULTIPLE_ACTIVE = _rows(
     ("ADAPTQ overlapping", "adaptq", AdaptQConfig, _LIN0, {"target_modules": ["lin0", "lin1"], **_RANDOM}),
     (
         "ADAPTQ + trainable tokens",
-        "adaptq+trainable_tokens",
+        "lora+trainable_tokens",  # the test's name for a model with an embedding
         AdaptQConfig,
         {**_LIN0, "trainable_token_indices": {"emb": [0, 1, 2]}},
         {**_LIN0, "trainable_token_indices": {"emb": [3, 4, 5, 6]}},
@@ -147,7 +148,9 @@ CASES: dict[tuple[str, tuple[str, ...]], Callable[[], Values]] = {
         "test_custom_models",
         ("test_name", "tuner_method", "config_cls", "config_kwargs_1", "config_kwargs_2"),
     ): lambda: MULTIPLE_ACTIVE,
-    ("test_custom_models", ("config_cls",)): lambda: _rows((AdaptQConfig,), ids=["adaptq"]),
+    ("test_custom_models", ("config_cls",)): lambda: _rows(
+        (AdaptQConfig,), (functools.partial(AdaptQConfig, quantization="none"),), ids=["nf4", "plain"]
+    ),
     ("test_custom_models", ("config0",)): lambda: _rows((AdaptQConfig(**_LIN0),), ids=["adaptq"]),
     ("test_custom_models", ("test_name", "config0", "config1")): lambda: _mixed("mixed", ["lin0"], ["lin0"]),
     ("test_decoder_models", ("config_cls", "config_kwargs")): lambda: DECODER,

@@ -148,6 +148,9 @@ def _stand_ins(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     for module, name in stand_ins.SKIPPING_FUNCTIONS:
         if module in modules:
             monkeypatch.setattr(modules[module], name, lambda *_: None)
+    for pattern, model in stand_ins.OTHER_BASE:
+        if fnmatchcase(_name(item.module, item.function), pattern):
+            monkeypatch.setattr(item.module, model, stand_ins.seeded(getattr(item.module, model)))
     if _is_listed(stand_ins.COMMON_TESTS, item):
         monkeypatch.setattr(item.module, "LoraConfig", stand_ins.from_lora_config)
     if _is_listed(stand_ins.TESTS_OF_ALL_METHODS, item):  # some of the others need packages that are not here

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from adaptq_peft import AdaptQConfig
 
@@ -88,6 +89,23 @@ SKIPPING_FUNCTIONS: tuple[tuple[str, str], ...] = (
     ("testing_common", "_skip_if_conv1d_not_supported"),  # a list of the methods that can do GPT-2's Conv1D
     ("test_decoder_models", "check_beft_config"),  # meant for BEFT only, and by a mistake in it for all others instead
 )
+
+#: Tests that save an adapter from one randomly initialized model and load it into another one, which ADAPTQ refuses:
+#: (pattern of "file.Class.test", the model class). The model is made from a fixed seed for them.
+OTHER_BASE: tuple[tuple[str, str], ...] = (
+    ("test_custom_models.TestRequiresGrad.test_loading_model*_requires_grad_set_correctly", "DeepMLP"),
+)
+
+
+def seeded(model_class: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that makes a model, always with the same weights."""
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        torch.manual_seed(0)
+        return model_class(*args, **kwargs)
+
+    return make
+
 
 # ----------------------------------------------------------------------------------------------------------- the Hub
 
