@@ -18,13 +18,18 @@ class FrozenPrefix:
 
     Args:
         model: the base model.
-        block_names: dotted names of its blocks, in the order in which they run.
     """
 
-    def __init__(self, model: nn.Module, block_names: list[str]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
-        self._block_names = block_names
+        self._block_names: list[str] = []
         self._hook: Any = None
+
+    def set_blocks(self, block_names: list[str]) -> None:
+        """Set the dotted names of the model's blocks, in the order in which they run; none for a model without."""
+        self._block_names = block_names
+        self.refresh()
+        self.take_over()
 
     def trained_from(self) -> int:
         """Index of the lowest block with a trainable parameter; 0 if there is none."""

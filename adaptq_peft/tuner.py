@@ -43,9 +43,7 @@ class AdaptQTuner(BaseTuner):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         # Before nn.Module's own __init__, which BaseTuner calls and then injects the adapter: plain attributes only.
-        vars(self).update(
-            quantization_report=QuantizationReport(), _frozen_prefix=FrozenPrefix(model, []), _targets=[]
-        )
+        vars(self).update(quantization_report=QuantizationReport(), _frozen_prefix=FrozenPrefix(model), _targets=[])
         super().__init__(model, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -76,8 +74,7 @@ class AdaptQTuner(BaseTuner):
         config.base_fingerprint = plan.fingerprint
         self.quantization_report.swapped.update(report.swapped)
         self.quantization_report.left.update(report.left)
-        self._frozen_prefix = FrozenPrefix(model, [block.name for block in plan.blocks])
-        self._frozen_prefix.take_over()
+        self._frozen_prefix.set_blocks([block.name for block in plan.blocks])
         for module in model.modules():
             keep_gradients_on_cpu(module)
         unasked = {name: why for name, why in report.left.items() if not why.startswith("named in")}

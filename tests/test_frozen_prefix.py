@@ -90,6 +90,15 @@ def test_the_input_hook_follows_the_active_adapter_and_can_be_taken_off(llama, b
     assert not any(block.module._forward_pre_hooks for block in find_blocks(llama))
 
 
+def test_the_input_hook_stays_one_when_an_adapter_is_added(llama, batch):
+    wrapped = wrap(llama, [2])
+    wrapped.enable_input_require_grads()
+    wrapped.add_adapter("second", AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[2]))
+    assert [len(block.module._forward_pre_hooks) for block in find_blocks(llama)] == [0, 0, 1, 0]
+    wrapped.disable_input_require_grads()
+    assert not any(block.module._forward_pre_hooks for block in find_blocks(llama))
+
+
 def test_unloading_takes_the_hook_off(llama):
     wrapped = wrap(llama, [2], quantization="none")
     wrapped.enable_input_require_grads()

@@ -135,19 +135,29 @@ def _name(module: Any, function: Any) -> str:
 # ------------------------------------------------------------------------------------------ running one of them
 
 
+def pytest_collection_finish() -> None:
+    """What stands in for other things in all tests."""
+    hub = Path(os.environ["HF_HUB_CACHE"])
+    peft.config.hf_hub_download = stand_ins.download_to(hub, peft.config.hf_hub_download)
+    modules = _test_modules()
+    if "testing_utils" in modules:
+        modules["testing_utils"]._HUB_MODEL_ACCESSES = stand_ins.AlwaysSeen()
+    for file, name in stand_ins.SKIPPING_FUNCTIONS:
+        if file in modules:
+            setattr(modules[file], name, lambda *_: None)
+    for module in modules.values():
+        if hasattr(module, "load_dataset_english_quotes"):
+            module.load_dataset_english_quotes = functools.partial(stand_ins.quotes_dataset, tiny_hub.QUOTES)
+
+
 @pytest.fixture(autouse=True)
 def _stand_ins(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = {name.rpartition(".")[2]: module for name, module in sys.modules.items() if name.startswith("tests.")}
+    """What stands in for other things in single tests."""
     item: Any = request.node
-    monkeypatch.setattr(modules["testing_utils"], "_HUB_MODEL_ACCESSES", stand_ins.AlwaysSeen())
-    hub = Path(os.environ["HF_HUB_CACHE"])
-    monkeypatch.setattr(peft.config, "hf_hub_download", stand_ins.download_to(hub, peft.config.hf_hub_download))
-    for test, places in stand_ins.LISTED_METHODS.items():
-        for module, name in places if item.originalname == test else ():
-            monkeypatch.setattr(modules.get(module), name, AdaptQConfig)
-    for module, name in stand_ins.SKIPPING_FUNCTIONS:
-        if module in modules:
-            monkeypatch.setattr(modules[module], name, lambda *_: None)
+    modules = _test_modules()
+    for file, name in stand_ins.LISTED_METHODS.get(item.originalname, ()):
+        if file in modules:
+            monkeypatch.setattr(modules[file], name, AdaptQConfig)
     for pattern, model in stand_ins.OTHER_BASE:
         if fnmatchcase(_name(item.module, item.function), pattern):
             monkeypatch.setattr(item.module, model, stand_ins.seeded(getattr(item.module, model)))
@@ -155,9 +165,10 @@ def _stand_ins(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(item.module, "LoraConfig", stand_ins.from_lora_config)
     if _is_listed(stand_ins.TESTS_OF_ALL_METHODS, item):  # some of the others need packages that are not here
         monkeypatch.setattr(item.module, "PeftType", (PeftType.ADAPTQ,))
-    if hasattr(item.module, "load_dataset_english_quotes"):
-        quotes = functools.partial(stand_ins.quotes_dataset, tiny_hub.QUOTES)
-        monkeypatch.setattr(item.module, "load_dataset_english_quotes", quotes)
+
+
+def _test_modules() -> dict[str, Any]:
+    return {_file(module): module for name, module in list(sys.modules.items()) if name.startswith("tests.")}
 
 
 @pytest.hookimpl(wrapper=True)
