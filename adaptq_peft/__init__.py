@@ -4,6 +4,7 @@ Importing this package registers `PeftType.ADAPTQ` with PEFT.
 """
 
 from .config import AdaptQConfig
+from .lora_conversion import convert_to_lora
 from .registration import register_tuner
 from .selection import ActivationProfile, SelectionRequest, profile_activations, register_selection_strategy
 from .tuner import AdaptQTuner
@@ -17,6 +18,7 @@ __all__ = [
     "AdaptQConfig",
     "AdaptQTuner",
     "SelectionRequest",
+    "convert_to_lora",
     "profile_activations",
     "register_selection_strategy",
 ]

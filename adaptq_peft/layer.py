@@ -203,6 +203,14 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
 class AdaptQLinear(AdaptQLayer):
     """`AdaptQLayer` for `nn.Linear` and `Conv1D` by one fused autograd function."""
 
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """s * delta of the weight, in the orientation of the weight."""
+        return self.scaling[adapter] * self._deltas("weight", [adapter])[0].detach()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `peft.convert_to_lora` can approximate this layer: by the delta of its weight, yes."""
+        return adapter_name in self.adaptq_delta
+
     def _forward_with_deltas(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or _has_hooks(self.base_layer):
             return super()._forward_with_deltas(adapters, *args, **kwargs)

@@ -27,6 +27,7 @@ from .quantization import (
     resolve_quantization,
 )
 from .targets import is_excluded, match_by_peft
+from .weighted_adapter import combine_deltas, combined_config, resolve_combination
 
 
 class AdaptQTuner(BaseTuner):
@@ -160,6 +161,44 @@ class AdaptQTuner(BaseTuner):
         names = kwargs.pop("adapter_names", None)
         with mixed_batch(self.model, names, self.peft_config, kwargs.get("num_beams") or 1):
             yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter that combines others: on each parameter, a combination of their s * delta.
+
+        Args:
+            adapters: names of the adapters to combine.
+            weights: a weight for each.
+            adapter_name: name of the new adapter, which is not made active.
+            combination_type: "linear" (default), "ties", "dare_linear", "dare_ties" or "magnitude_prune", as in
+                `peft.utils.merge_utils`.
+            density: share of each delta that is kept, in (0, 1]; needed by all but "linear".
+            majority_sign_method: "total" (default) or "frequency", for "ties" and "dare_ties".
+
+        Raises:
+            ValueError: if a name is unknown or taken, the numbers do not match, or the adapters adapt other layers.
+        """
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or not adapters or len(adapters) != len(weights) or adapter_name in self.peft_config:
+            raise ValueError(
+                f"can't combine adapters {adapters} with weights {weights} into {adapter_name!r}: the model has "
+                f"{list(self.peft_config)}; give known adapters, a weight for each, and a new name"
+            )
+        combine = resolve_combination(combination_type, density, majority_sign_method)
+        self.peft_config[adapter_name] = combined_config([self._configs[name] for name in adapters])
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
+        combine_deltas(self.model, adapters, weights, adapter_name, combine)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapter(s), as in other PEFT methods."""

@@ -1,0 +1,83 @@
+"""Combines adapters into a new one: arithmetic on deltas."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from peft.utils import merge_utils
+from torch import nn
+
+from .config import AdaptQConfig
+from .layer import AdaptQLayer
+
+Combination = Callable[[list[torch.Tensor], torch.Tensor], torch.Tensor]
+
+#: Combination types that drop a part of each delta and need a density.
+_WITH_DENSITY = ("ties", "dare_ties", "dare_linear", "magnitude_prune")
+_WITH_SIGN = ("ties", "dare_ties")
+
+
+def resolve_combination(combination_type: str, density: float | None, majority_sign_method: str) -> Combination:
+    """The function of `peft.utils.merge_utils` for a combination type.
+
+    Raises:
+        ValueError: if the type is unknown, or its density is missing or not in (0, 1].
+    """
+    if combination_type == "linear":
+        return merge_utils.task_arithmetic
+    if combination_type not in _WITH_DENSITY:
+        raise ValueError(
+            f"combination_type is {combination_type!r}; allowed: 'linear', {', '.join(map(repr, _WITH_DENSITY))}"
+        )
+    if density is None or not 0 < density <= 1:
+        raise ValueError(f"combination_type {combination_type!r} needs a density above 0 and at most 1, got {density}")
+    options: dict[str, Any] = {"density": density}
+    if combination_type in _WITH_SIGN:
+        options["majority_sign_method"] = majority_sign_method
+    return partial(getattr(merge_utils, combination_type), **options)
+
+
+def combined_config(configs: Sequence[AdaptQConfig]) -> AdaptQConfig:
+    """The config of an adapter that covers the blocks of all the given ones.
+
+    Raises:
+        ValueError: if the adapters differ in which layers of a block they adapt.
+    """
+    first = configs[0]
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "trainable_token_indices"):
+        if any(getattr(config, name) != getattr(first, name) for config in configs):
+            raise ValueError(
+                f"the adapters to combine have different {name}: {[getattr(config, name) for config in configs]}; "
+                "only adapters of the same layers can be combined"
+            )
+    config = copy.deepcopy(first)
+    blocks = {index for other in configs for index in other.layers_to_transform or []}  # type: ignore[union-attr]
+    config.layers_to_transform = sorted(blocks) or None
+    config.base_fingerprint = None  # it depends on the blocks; made again
+    return config
+
+
+@torch.no_grad()
+def combine_deltas(
+    model: nn.Module, adapters: Sequence[str], weights: Sequence[float], new: str, combine: Combination
+) -> None:
+    """Set the deltas of adapter `new`, on each layer, to the combination of the other adapters' s * delta.
+
+    An adapter that a layer does not have counts as zero. The sum is divided by the scale of `new`.
+    """
+    for layer in model.modules():
+        if not isinstance(layer, AdaptQLayer) or new not in layer.adaptq_delta:
+            continue
+        for name, target in layer.adaptq_delta[new].named_parameters():
+            scaled = [
+                layer.scaling[adapter] * getattr(layer.adaptq_delta[adapter], name).float()
+                if adapter in layer.adaptq_delta
+                else torch.zeros_like(target, dtype=torch.float32)
+                for adapter in adapters
+            ]
+            combined = combine(scaled, torch.tensor(list(weights), device=target.device))
+            target.copy_(combined / layer.scaling[new])

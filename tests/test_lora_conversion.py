@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model, set_peft_model_state_dict
+from torch import nn
+
+from adaptq_peft import AdaptQConfig, convert_to_lora
+from adaptq_peft.layer import AdaptQLayer, AdaptQLinear
+
+
+def low_rank_adapter(model, rank=4, **fields):
+    """An adapter whose linear deltas have the given rank, and whose other deltas are zero."""
+    torch.manual_seed(0)
+    config = AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[1, 3], quantization="none", **fields)
+    wrapped = get_peft_model(model, config).eval()
+    for layer in wrapped.modules():
+        if isinstance(layer, AdaptQLinear):
+            weight = layer.adaptq_delta["default"].weight
+            weight.data = torch.randn(weight.shape[0], rank) @ torch.randn(rank, weight.shape[1]) * 0.05
+    return wrapped
+
+
+@pytest.mark.parametrize("rank", [4, 0.99999])
+def test_low_rank_deltas_are_reproduced(model, batch, rank):
+    base = copy.deepcopy(model)
+    wrapped = low_rank_adapter(model)
+    config, state_dict = convert_to_lora(wrapped, rank=rank)
+    lora = get_peft_model(base, config).eval()
+    result = set_peft_model_state_dict(lora, state_dict)
+    assert result.unexpected_keys == []
+    with torch.no_grad():
+        expected = wrapped(**batch).logits
+        torch.testing.assert_close(lora(**batch).logits, expected, rtol=1e-3, atol=1e-3)
+        with wrapped.disable_adapter():
+            assert not torch.allclose(wrapped(**batch).logits, expected, atol=1e-2)
+
+
+def test_a_lower_rank_is_an_approximation(llama):
+    wrapped = low_rank_adapter(llama, rank=16)
+    _, state_dict = convert_to_lora(wrapped, rank=2)
+    assert {tensor.shape[0] for name, tensor in state_dict.items() if "lora_A" in name} == {2}
+
+
+def test_what_lora_cannot_hold_is_said(model):
+    wrapped = low_rank_adapter(model)
+    norms = [m for m in wrapped.modules() if isinstance(m, AdaptQLayer) and not isinstance(m, AdaptQLinear)]
+    for layer in norms[:3]:
+        layer.adaptq_delta["default"].weight.data += 0.1
+    with pytest.warns(UserWarning, match="LoRA can't hold the deltas of 3 norms and biases; they are left out"):
+        convert_to_lora(wrapped, rank=2)
+
+
+def test_an_adapter_without_linears():
+    model = nn.Sequential(nn.LayerNorm(4))
+    with pytest.raises(TypeError, match="Could not detect any layer that supports LoRA conversion"):
+        convert_to_lora(get_peft_model(model, AdaptQConfig(target_modules=["0"])), rank=1)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from adaptq_peft import AdaptQConfig
+from adaptq_peft.layer import AdaptQLayer
+
+
+def config(blocks, **fields):
+    return AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=blocks, init_weights=False, **fields)
+
+
+@pytest.fixture
+def wrapped(model):
+    torch.manual_seed(0)
+    wrapped = get_peft_model(model, config([1, 3], delta_scaling=0.5))
+    wrapped.add_adapter("second", config([1, 3], delta_scaling=2.0))
+    return wrapped.eval()
+
+
+def changes(wrapped, adapter):
+    return [
+        layer.scaling[adapter] * parameter.detach()
+        for layer in wrapped.modules()
+        if isinstance(layer, AdaptQLayer)
+        for parameter in layer.adaptq_delta[adapter].parameters()
+    ]
+
+
+def test_linear_is_the_weighted_sum_of_the_changes(wrapped, batch):
+    wrapped.add_weighted_adapter(["default", "second"], [0.7, -0.3], "sum")
+    for total, first, second in zip(*(changes(wrapped, name) for name in ("sum", "default", "second")), strict=True):
+        torch.testing.assert_close(total, 0.7 * first - 0.3 * second)
+    assert wrapped.active_adapters == ["default"]
+    wrapped.set_adapter("sum")
+    with torch.no_grad():
+        assert torch.isfinite(wrapped(**batch).logits).all()
+
+
+@pytest.mark.parametrize("kind", ["ties", "dare_linear", "dare_ties", "magnitude_prune"])
+def test_the_other_kinds_are_those_of_peft(wrapped, kind):
+    wrapped.add_weighted_adapter(["default", "second"], [1.0, 1.0], "new", combination_type=kind, density=0.5)
+    combined = torch.cat([change.flatten() for change in changes(wrapped, "new")])
+    assert torch.isfinite(combined).all()
+    assert combined.any()
+
+
+def test_one_adapter_of_weight_one_is_a_copy(wrapped, batch):
+    with torch.no_grad():
+        expected = wrapped(**batch).logits
+        wrapped.add_weighted_adapter(["default"], [1.0], "copy")
+        wrapped.set_adapter("copy")
+        torch.testing.assert_close(wrapped(**batch).logits, expected)
+
+
+def test_different_blocks_on_a_model_that_is_not_quantized(llama):
+    wrapped = get_peft_model(llama, config([0], quantization="none"))
+    wrapped.add_adapter("second", config([2], quantization="none"))
+    wrapped.add_weighted_adapter(["default", "second"], [1.0, 1.0], "both")
+    assert wrapped.peft_config["both"].layers_to_transform == [0, 2]
+    delta = llama.model.layers[2].mlp.up_proj.adaptq_delta
+    torch.testing.assert_close(delta["both"].weight, delta["second"].weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["third"], [1.0], "new"), r"can't combine adapters \['third'\].*the model has \['default', 'second'\]"),
+        ((["default"], [1.0, 2.0], "new"), r"give known adapters, a weight for each, and a new name"),
+        ((["default"], [1.0], "second"), r"into 'second'"),
+        ((["default"], [1.0], "new", "cat"), r"combination_type is 'cat'; allowed: 'linear', 'ties', 'dare_ties'"),
+        ((["default"], [1.0], "new", "ties"), r"'ties' needs a density above 0 and at most 1, got None"),
+    ],
+)
+def test_errors(wrapped, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        wrapped.add_weighted_adapter(*arguments)
+    assert list(wrapped.peft_config) == ["default", "second"]
+
+
+def test_adapters_of_different_layers_cannot_be_combined(llama):
+    wrapped = get_peft_model(llama, config([1], target_modules=["q_proj"], quantization="none"))
+    wrapped.add_adapter("second", config([1], target_modules=["v_proj"], quantization="none"))
+    with pytest.raises(ValueError, match="the adapters to combine have different target_modules"):
+        wrapped.add_weighted_adapter(["default", "second"], [1.0, 1.0], "new")
