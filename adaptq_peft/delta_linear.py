@@ -46,7 +46,8 @@ class _Scratch(threading.local):
     def like(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         buffer = self._buffers.get(dtype)
         if buffer is None or buffer.numel() < tensor.numel():
-            buffer = self._buffers[dtype] = torch.empty(tensor.numel(), dtype=dtype)
+            with torch.inference_mode(False):  # a buffer made in inference mode could not be written to outside of it
+                buffer = self._buffers[dtype] = torch.empty(tensor.numel(), dtype=dtype)
         return buffer[: tensor.numel()].view(tensor.shape)
 
 

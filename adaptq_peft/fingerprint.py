@@ -18,7 +18,7 @@ VALUES_PER_TENSOR = 4
 DTYPE_TOLERANCE = 2.0**-7
 
 _OF_ADAPTERS = ("adaptq_", "trainable_tokens_", "modules_to_save")
-_WRAPPERS = ("base_layer", "original_module", "token_adapter")
+_WRAPPERS = ("base_layer", "original_module", "token_adapter", "_orig_mod")
 
 
 def fingerprint_base(model: nn.Module, blocks: list[Block], adapted: Collection[int]) -> dict[str, Any]:

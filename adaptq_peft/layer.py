@@ -47,9 +47,8 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self._parameter_names = tuple(name for name, _ in base_layer.named_parameters(recurse=False))
         self.adaptq_delta = nn.ModuleDict()
-        if isinstance(base_layer, _WITH_FEATURES):
-            features: Any = _get_in_out_features(base_layer)
-            self.in_features, self.out_features = features
+        features: Any = _get_in_out_features(base_layer) if isinstance(base_layer, _WITH_FEATURES) else (None, None)
+        self.in_features, self.out_features = features
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._unmerged_data: dict[str, torch.Tensor] = {}

@@ -109,3 +109,12 @@ def test_layers_of_different_sizes_do_not_disturb_each_other():
             hidden = linear(hidden, weight, delta).tanh()
         outputs.append((hidden, *torch.autograd.grad(hidden.sum(), [x, *deltas])))
     torch.testing.assert_close(outputs[0], outputs[1])
+
+
+def test_a_first_call_in_inference_mode_does_not_break_training():
+    size = (97, 89)  # larger than any other here, so that the buffer is made now
+    base, delta = torch.randn(size), torch.randn(size, requires_grad=True)
+    with torch.inference_mode():
+        delta_linear(torch.randn(2, 89), base, None, [delta], [1.0])
+    delta_linear(torch.randn(2, 89), base, None, [delta], [1.0]).sum().backward()
+    assert delta.grad is not None
