@@ -24,8 +24,8 @@ _WRAPPERS = ("base_layer", "original_module", "token_adapter", "_orig_mod")
 def fingerprint_base(model: nn.Module, blocks: list[Block], adapted: Collection[int]) -> dict[str, Any]:
     """A JSON-able description of a base model: names, shapes and a sample of its values.
 
-    Linears of frozen blocks are left out, so it is the same before and after they are quantized. Adapters on the model
-    are looked through.
+    Linears of frozen blocks are left out, so it is the same before and after they are quantized, and so is all outside
+    the blocks. Adapters on the model are looked through.
 
     Args:
         model: the base model, or one with adapters on it.
@@ -37,13 +37,19 @@ def fingerprint_base(model: nn.Module, blocks: list[Block], adapted: Collection[
         as the hexadecimal digits of a float32.
     """
     skipped = {
-        f"{block.name}.{name}"
+        _base_name(f"{block.name}.{name}")
         for block in blocks
         if block.index not in adapted
         for name, module in block.module.named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
     }
-    tensors = {name: p for name, p in _base_parameters(model) if name.rpartition(".")[0] not in skipped}
+    # Only what is inside the blocks: a head, a pooler or rows for new tokens may be random in each process.
+    inside = tuple(f"{_base_name(block.name)}." for block in blocks) or ("",)
+    tensors = {
+        name: parameter
+        for name, parameter in _base_parameters(model)
+        if name.startswith(inside) and name.rpartition(".")[0] not in skipped
+    }
     names = list(tensors)
     chosen = names if len(names) <= MAX_TENSORS else [names[i * len(names) // MAX_TENSORS] for i in range(MAX_TENSORS)]
     config = getattr(model, "config", None)
@@ -109,8 +115,13 @@ def _base_parameters(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
         parts = name.split(".")
         if any(part.startswith(_OF_ADAPTERS) for part in parts):
             continue
-        own.append((".".join(p for p in parts if p not in _WRAPPERS), parameter))
+        own.append((_base_name(name), parameter))
     return own
+
+
+def _base_name(name: str) -> str:
+    """The name that a parameter or module has in the base model itself."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _sample(tensor: torch.Tensor) -> str:

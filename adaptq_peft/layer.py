@@ -128,7 +128,13 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
             name: self._adapted(name, parameter, adapters, parameter.dtype)
             for name, parameter in self._base_parameters().items()
         }
-        return torch.func.functional_call(self.base_layer, parameters, args, kwargs)
+        # While FSDP has gathered a parameter, an attribute of the same name hides it.
+        attributes = vars(self.base_layer)
+        gathered = {name: attributes.pop(name) for name in parameters if name in attributes}
+        try:
+            return torch.func.functional_call(self.base_layer, parameters, args, kwargs)
+        finally:
+            attributes.update(gathered)
 
     def _base_parameters(self) -> dict[str, torch.Tensor]:
         """The layer's own parameters by name. Attributes, because FSDP replaces parameters by plain tensors."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from .config import AdaptQConfig
 from .fingerprint import check_base, fingerprint_base
+from .quantization import is_quantized
 from .selection import (
     ActivationProfile,
     Block,
@@ -21,7 +22,7 @@ from .selection import (
     strategy_needs_general_profile,
     strategy_needs_profile,
 )
-from .targets import find_targets
+from .targets import find_targets, is_excluded
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def make_plan(model: nn.Module, config: AdaptQConfig, others: Mapping[str, Adapt
     adapted, profile = _select(model, blocks, config) if blocks else ([], None)
     targets = find_targets(model, [blocks[index] for index in adapted] if blocks else None, config)
     _check_others(config, adapted, others)
+    _check_modules_to_save(model, config)
     fingerprint = fingerprint_base(model, blocks, adapted)
     if config.base_fingerprint is not None:
         check_base(config.base_fingerprint, fingerprint)
@@ -137,6 +139,16 @@ def _check_indices(indices: list[int], num_blocks: int) -> None:
             f"layers_to_transform names blocks {bad}, and the model has {num_blocks} blocks; allowed are 0 to "
             f"{num_blocks - 1}"
         )
+
+
+def _check_modules_to_save(model: nn.Module, config: AdaptQConfig) -> None:
+    """A module that is to be trained whole must not be one that an adapter before has quantized."""
+    for name, module in model.named_modules():
+        if is_quantized(module) and is_excluded(name, config) and config.modules_to_save:
+            raise ValueError(
+                f"{name} is in modules_to_save and is quantized already, so it can't be trained. Give the first "
+                'adapter quantization="none", or name the module in its exclude_modules.'
+            )
 
 
 def _check_others(config: AdaptQConfig, adapted: list[int], others: Mapping[str, AdaptQConfig]) -> None:

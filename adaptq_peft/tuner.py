@@ -27,7 +27,13 @@ from .quantization import (
     resolve_quantization,
 )
 from .targets import is_excluded, match_by_peft
-from .weighted_adapter import combine_deltas, combined_config, resolve_combination
+from .weighted_adapter import (
+    check_modules_to_save,
+    combine_deltas,
+    combined_config,
+    copy_modules_to_save,
+    resolve_combination,
+)
 
 
 class AdaptQTuner(BaseTuner):
@@ -81,7 +87,7 @@ class AdaptQTuner(BaseTuner):
         unasked = {name: why for name, why in report.left.items() if not why.startswith("named in")}
         if unasked:
             listed = "; ".join(f"{name}: {why}" for name, why in unasked.items())
-            warnings.warn(f"{len(unasked)} linears of frozen blocks were not quantized. {listed}", stacklevel=3)
+            warnings.warn(f"{len(unasked)} weights of frozen blocks were not quantized. {listed}", stacklevel=3)
 
     @property
     def _configs(self) -> dict[str, AdaptQConfig]:
@@ -127,7 +133,9 @@ class AdaptQTuner(BaseTuner):
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
         """Whether make_plan chose the layer; PEFT wants to know of those that the user excluded, too."""
-        return key in self._targets or match_by_peft(key, [], cast(AdaptQConfig, peft_config))
+        if key in self._targets or f"_orig_mod.{key}" in self._targets:  # PEFT may ask without torch.compile's prefix
+            return True
+        return match_by_peft(key, [], cast(AdaptQConfig, peft_config))
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config  # make_plan has found the targets
@@ -192,6 +200,7 @@ class AdaptQTuner(BaseTuner):
                 f"{list(self.peft_config)}; give known adapters, a weight for each, and a new name"
             )
         combine = resolve_combination(combination_type, density, majority_sign_method)
+        check_modules_to_save(self.model, adapters)
         self.peft_config[adapter_name] = combined_config([self._configs[name] for name in adapters])
         try:
             self.inject_adapter(self.model, adapter_name)
@@ -199,6 +208,7 @@ class AdaptQTuner(BaseTuner):
             del self.peft_config[adapter_name]
             raise
         combine_deltas(self.model, adapters, weights, adapter_name, combine)
+        copy_modules_to_save(self.model, adapters, adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapter(s), as in other PEFT methods."""

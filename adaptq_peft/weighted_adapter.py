@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.utils import merge_utils
+from peft.utils import ModulesToSaveWrapper, merge_utils
 from torch import nn
 
 from .config import AdaptQConfig
@@ -48,7 +48,7 @@ def combined_config(configs: Sequence[AdaptQConfig]) -> AdaptQConfig:
         ValueError: if the adapters differ in which layers of a block they adapt.
     """
     first = configs[0]
-    for name in ("target_modules", "exclude_modules", "modules_to_save", "trainable_token_indices"):
+    for name in ("target_modules", "exclude_modules", "trainable_token_indices"):
         if any(getattr(config, name) != getattr(first, name) for config in configs):
             raise ValueError(
                 f"the adapters to combine have different {name}: {[getattr(config, name) for config in configs]}; "
@@ -57,8 +57,30 @@ def combined_config(configs: Sequence[AdaptQConfig]) -> AdaptQConfig:
     config = copy.deepcopy(first)
     blocks = {index for other in configs for index in other.layers_to_transform or []}  # type: ignore[union-attr]
     config.layers_to_transform = sorted(blocks) or None
+    saved = {name for other in configs for name in other.modules_to_save or []}
+    config.modules_to_save = sorted(saved) or None
     config.base_fingerprint = None  # it depends on the blocks; made again
     return config
+
+
+def check_modules_to_save(model: nn.Module, adapters: Sequence[str]) -> None:
+    """Raise ValueError if two of the adapters train the same module whole: there is no rule to combine those."""
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    shared = [wrapper for wrapper in wrappers if sum(name in wrapper.modules_to_save for name in adapters) > 1]
+    if shared:
+        raise ValueError(
+            "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+            f"{len(shared)} such instance(s)."
+        )
+
+
+def copy_modules_to_save(model: nn.Module, adapters: Sequence[str], new: str) -> None:
+    """Give the adapter `new` the modules that one of the others trains whole."""
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper) and new in wrapper.modules_to_save:
+            for name in adapters:
+                if name in wrapper.modules_to_save:
+                    wrapper.modules_to_save[new].load_state_dict(wrapper.modules_to_save[name].state_dict())
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+from peft import get_peft_model
 from torch import nn
 
 from adaptq_peft import AdaptQConfig
@@ -60,3 +61,10 @@ def test_targets_that_name_some_blocks_choose_them(llama):
     assert make_plan(llama, config, {}).adapted == [0, 2]
     config = AdaptQConfig(target_modules=["up_proj"], selection_strategy="first", num_adapted_blocks=1)
     assert make_plan(llama, config, {}).targets == ["model.layers.0.mlp.up_proj"]
+
+
+def test_a_quantized_module_cannot_be_trained_whole(llama):
+    get_peft_model(llama, AdaptQConfig(layers_to_transform=[2]))
+    config = AdaptQConfig(layers_to_transform=[2], modules_to_save=["layers.1.mlp.up_proj"])
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj is in modules_to_save and is quantized already"):
+        make_plan(llama, config, {})

@@ -168,7 +168,7 @@ class TestMaking:
     def test_what_could_not_be_quantized_is_said(self, llama):
         llama.model.layers[0].self_attn.k_proj.weight = llama.model.layers[1].self_attn.k_proj.weight
         with pytest.warns(
-            UserWarning, match=r"2 linears of frozen blocks were not quantized\. model\.layers\.0\.self_at"
+            UserWarning, match=r"2 weights of frozen blocks were not quantized\. model\.layers\.0\.self_at"
         ):
             wrapped = get_peft_model(llama, AdaptQConfig(layers_to_transform=[3]))
         assert len(wrapped.base_model.quantization_report.left) == 2

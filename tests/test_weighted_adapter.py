@@ -85,3 +85,14 @@ def test_adapters_of_different_layers_cannot_be_combined(llama):
     wrapped.add_adapter("second", config([1], target_modules=["v_proj"], quantization="none"))
     with pytest.raises(ValueError, match="the adapters to combine have different target_modules"):
         wrapped.add_weighted_adapter(["default", "second"], [1.0, 1.0], "new")
+
+
+def test_modules_that_one_adapter_trains_whole_come_along_and_shared_ones_are_refused(llama):
+    wrapped = get_peft_model(llama, config([1], modules_to_save=["lm_head"]))
+    wrapped.add_adapter("second", config([1]))
+    wrapped.lm_head.modules_to_save["default"].weight.data.mul_(2)
+    wrapped.add_weighted_adapter(["default", "second"], [1.0, 1.0], "new")
+    saved = wrapped.lm_head.modules_to_save
+    assert torch.equal(saved["new"].weight, saved["default"].weight)
+    with pytest.raises(ValueError, match="if they target the same module with modules_to_save, but found 1 such"):
+        wrapped.add_weighted_adapter(["default", "new"], [1.0, 1.0], "another")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ Batch = dict[str, Any]
 #: Tokens of a sample that the model writes itself: the paper's samples are this short, and longer ones take minutes.
 SELF_WRITTEN_LENGTH = 128
 _TEXT_KEYS = ("input_ids", "messages", "text")
+_DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 
 
 def calibration_batches(
@@ -28,7 +30,9 @@ def calibration_batches(
     """Batches of keyword arguments for `model.forward`, on the CPU, at most `samples` samples in all.
 
     From a sequence with more than `samples` entries evenly spaced ones are taken; from an iterator the first ones.
-    Token sequences are sorted by length and padded on the right, so that a batch holds little padding.
+    Token sequences are sorted by length and padded on the right, so that a batch holds little padding. Other inputs of
+    the model that a sample holds (pixel values, token types, what the decoder reads) come along; labels of a model
+    without a decoder of its own do not.
 
     Args:
         model: the model the batches are for; its `name_or_path` names the tokenizer if none is given.
@@ -182,7 +186,25 @@ def _encode(sample: Any, index: int, model: nn.Module, tokenizer: Any, max_lengt
         return tensors
     if not tokens:
         raise ValueError(f"calibration sample {index} has no tokens: {str(sample)[:80]!r}. Remove empty samples.")
-    return {"input_ids": tokens[:max_length]}
+    tokens = tokens[:max_length]
+    return {"input_ids": tokens, **_other_inputs(sample, tokens, model, max_length)}
+
+
+def _other_inputs(sample: Mapping[str, Any], tokens: list[int], model: nn.Module, max_length: int) -> Batch:
+    """What a sample holds besides its tokens for `model.forward`, as tensors; sequences are cut like the tokens."""
+    accepted = set(inspect.signature(model.forward).parameters) - {"input_ids", "inputs_embeds", "attention_mask"}
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if not is_encoder_decoder:
+        accepted.discard("labels")
+    found = {key: value for key, value in sample.items() if key in accepted and value is not None}
+    if is_encoder_decoder and "labels" in accepted and not {"labels", *_DECODER_INPUTS} & found.keys():
+        found["labels"] = tokens  # the decoder has to read something; this is what Bart does on its own
+    tensors = {key: torch.as_tensor(value) for key, value in found.items() if not isinstance(value, str)}
+    tensors = {key: value[:max_length] if value.ndim == 1 else value for key, value in tensors.items()}
+    for key in ("labels", "decoder_input_ids"):
+        if key in tensors and "decoder_attention_mask" in accepted:
+            tensors.setdefault("decoder_attention_mask", torch.ones_like(tensors[key]))
+    return tensors
 
 
 def _load_tokenizer(model: nn.Module) -> Any:
@@ -203,14 +225,25 @@ def _load_tokenizer(model: nn.Module) -> Any:
 def _collate(samples: list[Batch]) -> Batch:
     if "input_ids" not in samples[0]:
         return default_collate(samples)
-    length = max(len(sample["input_ids"]) for sample in samples)
-    input_ids = torch.zeros(len(samples), length, dtype=torch.long)
-    attention_mask = torch.zeros(len(samples), length, dtype=torch.long)
-    for row, sample in enumerate(samples):
-        tokens = torch.tensor(sample["input_ids"])
-        input_ids[row, : len(tokens)] = tokens
-        attention_mask[row, : len(tokens)] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
+    tokens = [torch.tensor(sample["input_ids"]) for sample in samples]
+    batch = {"input_ids": _pad(tokens, 0), "attention_mask": _pad([torch.ones_like(row) for row in tokens], 0)}
+    for key in set.intersection(*(set(sample) for sample in samples)) - batch.keys():
+        rows = [sample[key] for sample in samples]
+        if rows[0].ndim != 1 and len({row.shape for row in rows}) > 1:
+            raise ValueError(
+                f"calibration samples hold {key!r} of different shapes: "
+                f"{[tuple(row.shape) for row in rows[:3]]}. Give a DataLoader whose collate_fn makes "
+                "batches as the model takes them."
+            )
+        batch[key] = _pad(rows, -100 if key == "labels" else 0)
+    return batch
+
+
+def _pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+    """Stacks rows, one-dimensional ones of different lengths padded on the right."""
+    if rows[0].ndim == 1:
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+    return torch.stack(rows)
 
 
 def _take_from_loader(loader: DataLoader, samples: int) -> Iterator[Batch]:

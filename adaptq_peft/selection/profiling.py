@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -201,10 +201,18 @@ def _hooks(blocks: list[Block], sums: _RunningSums) -> Iterator[None]:
 
 def _recorder(index: int, sums: _RunningSums) -> Any:
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        before = args[0] if args else kwargs["hidden_states"]
-        sums.add(index, before, output if isinstance(output, torch.Tensor) else output[0])
+        sums.add(index, args[0] if args else _hidden_states(kwargs), _hidden_states(output))
 
     return record
+
+
+def _hidden_states(values: Any) -> torch.Tensor:
+    """The hidden states among the named inputs or the output of a block: by that name, else the first entry."""
+    if isinstance(values, torch.Tensor):
+        return values
+    if isinstance(values, Mapping):
+        return values["hidden_states"] if "hidden_states" in values else next(iter(values.values()))
+    return values[0]
 
 
 def _stop(module: nn.Module, args: Any, output: Any) -> None:

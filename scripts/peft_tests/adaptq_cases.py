@@ -119,10 +119,18 @@ def _all_blocks(task_type: str) -> Values:
     return _configs({"plain": {**kwargs, "quantization": "none"}, "nf4": kwargs})
 
 
-DECODER = _configs({**_variants("CAUSAL_LM"), "profiled": _profiled("CAUSAL_LM")})
+_TOKENS = {**_variants("CAUSAL_LM")["plain"], "trainable_token_indices": [0, 1, 3]}
+DECODER = _configs({**_variants("CAUSAL_LM"), "profiled": _profiled("CAUSAL_LM"), "trainable-tokens": _TOKENS})
 ENCODER_DECODER = _configs(_variants("SEQ_2_SEQ_LM"))
 FEATURE_EXTRACTION = _configs(_variants("FEATURE_EXTRACTION"))
 SEQ_CLS = _configs(_variants("SEQ_CLS"))
+
+
+def _linears_only() -> Values:
+    """For the conversion to LoRA, which has no place for deltas on norms."""
+    targets = ["q_proj", "v_proj", "c_attn"]
+    kwargs = {"task_type": "CAUSAL_LM", "layers_to_transform": [0], "quantization": "none", "target_modules": targets}
+    return _configs({"plain": kwargs})
 
 
 def _strong(task_type: str) -> Values:
@@ -167,6 +175,7 @@ CASES: dict[tuple[str, tuple[str, ...]], Callable[[], Values]] = {
 }  # fmt: skip
 
 CASES_OF_TEST: dict[tuple[str, str], Callable[[], Values]] = {
+    ("test_decoder_models", "test_lora_conversion"): _linears_only,
     ("test_decoder_models", "test_training_decoders_layer_indexing"): lambda: _all_blocks("CAUSAL_LM"),
     ("test_decoder_models", "test_generate_with_mixed_adapter_batches"): lambda: _strong("CAUSAL_LM"),
     ("test_encoder_decoder_models", "test_generate_with_mixed_adapter_batches"): lambda: _strong("SEQ_2_SEQ_LM"),

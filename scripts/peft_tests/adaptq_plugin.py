@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import os
 import sys
 from collections import Counter
@@ -119,9 +118,7 @@ def _fresh(value: Any) -> Any:
 
 def _skip_of(item: pytest.Function) -> Skip | None:
     case = item.callspec.id if hasattr(item, "callspec") else ""
-    skip = find_skip(_file(item.module), item.originalname, case)
-    needless = skip is not None and skip.when_missing and importlib.util.find_spec(skip.when_missing)
-    return None if needless else skip
+    return find_skip(_file(item.module), item.originalname, case)
 
 
 def _file(module: Any) -> str:
@@ -198,6 +195,4 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def _unused_skips(config: pytest.Config) -> list[Skip]:
-    if not config.getoption("all_skips_used"):
-        return []
-    return [skip for skip in SKIPS if skip not in _used_skips and not skip.when_missing]
+    return [skip for skip in SKIPS if skip not in _used_skips] if config.getoption("all_skips_used") else []

@@ -60,6 +60,23 @@ def from_lora_config(
 
 #: Patterns of "file.Class.test" of tests that write `LoraConfig` but check what every method shares.
 COMMON_TESTS: tuple[str, ...] = (
+    "test_custom_models.TestPeftCustomModel.test_set_adapter_non_overlapping_trainable_token_indices",
+    "test_custom_models.TestPeftCustomModel.test_multiple_active_adapters_with_*_trainable_token_indices_*",
+    "test_custom_models.TestPeftCustomModel.test_delete_adapter_with_multiple_adapters_works",
+    "test_custom_models.TestPeftCustomModel.test_delete_adapter_multiple_adapters_with_*",
+    "test_custom_models.TestPeftCustomModel.test_set_requires_grad_trainable_tokens",
+    "test_custom_models.TestPeftCustomModel.test_weight_bias_attributes",
+    "test_custom_models.TestPeftCustomModel.test_multiple_adapters_no_needless_copy_modules_to_save",
+    "test_custom_models.TestPeftCustomModel.test_multiple_adapters_mixed_modules_to_save_merging_adapters",
+    "test_custom_models.TestPeftCustomModel.test_multiple_adapters_same_modules_to_save_merging_adapters_raises",
+    "test_custom_models.TestPeftCustomModel.test_*existing_model_card",
+    "test_custom_models.TestPeftCustomModel.test_save_embedding_layers_excludes_similarly_named_sibling",
+    "test_custom_models.TestRequiresGrad.test_loading_model_with_trainble_tokens_requires_grad_set_correctly",
+    "test_low_level_api.TestInjectAdapterFromStateDict.test_inject_from_state_dict_transformers",
+    "test_low_level_api.TestInjectAdapterFromStateDict.test_inject_from_state_dict_transformers_irregular_targets",
+    "test_low_level_api.TestInjectAdapterFromStateDict.test_inject_from_state_dict_low_cpu_mem_usage",
+    "test_low_level_api.TestInjectAdapterFromStateDict.test_inject_from_state_dict_extra_keys_warning",
+    "test_low_level_api.TestInjectAdapterFromStateDict.test_inject_from_state_dict_compiled_model",
     "test_tuners_utils.TestTargetedModuleNames.test_*_targeted_module_*",
     "test_tuners_utils.TestTargetedModuleNames.test_layers_to_transform_filters_by_layer_not_expert_index",
     "test_tuners_utils.TestExcludedModuleNames.test_*",
@@ -94,6 +111,7 @@ SKIPPING_FUNCTIONS: tuple[tuple[str, str], ...] = (
 #: (pattern of "file.Class.test", the model class). The model is made from a fixed seed for them.
 OTHER_BASE: tuple[tuple[str, str], ...] = (
     ("test_custom_models.TestRequiresGrad.test_loading_model*_requires_grad_set_correctly", "DeepMLP"),
+    ("test_custom_models.TestRequiresGrad.test_loading_model*_requires_grad_set_correctly", "ModelEmbConv1D"),
 )
 
 

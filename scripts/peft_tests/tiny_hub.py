@@ -73,7 +73,7 @@ _T5: dict[str, Any] = {
 #: Hub id -> the model class in transformers, its config class, and what the config says beside `_COMMON`.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "peft-internal-testing/tiny-random-OPTForCausalLM": ("OPTForCausalLM", "OPTConfig", _OPT),
-    "peft-internal-testing/opt-125m": ("OPTForCausalLM", "OPTConfig", {**_OPT, "num_hidden_layers": 3}),
+    "peft-internal-testing/opt-125m": ("OPTForCausalLM", "OPTConfig", {**_OPT, "num_hidden_layers": 12}),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": ("GPT2LMHeadModel", "GPT2Config", _GPT),
     "peft-internal-testing/tiny-random-GPTJForCausalLM": ("GPTJForCausalLM", "GPTJConfig", {**_GPT, "rotary_dim": 4}),
     "trl-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", "LlamaConfig", _DECODER),

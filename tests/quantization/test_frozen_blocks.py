@@ -112,3 +112,35 @@ def test_layers_that_transformers_keeps_in_float32_are_left():
     assert left == {
         "encoder.block.0.layer.1.DenseReluDense.wo": "transformers keeps it in float32, and reads its weight"
     }
+
+
+class Reader(nn.Module):
+    """Reads the weight of one layer, as Mamba's mixer, and only a dtype of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = nn.Linear(64, 64)
+        self.called = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.called(x.to(self.called.weight.dtype)) @ self.read.weight
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Module()
+        self.experts.up = nn.Parameter(torch.zeros(2, 64, 64, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("block", "left"),
+    [
+        (Reader, {"layers.0.read": "Reader reads its weight directly"}),
+        (Experts, {"layers.0.experts.up": "fused expert weights, not a linear; 16384 bytes stay as they are"}),
+    ],
+)
+def test_weights_that_no_layer_can_take_the_place_of_are_left(block, left):
+    model = nn.Module()
+    model.layers = nn.ModuleList([block()])
+    assert make_swap(model, indices=[0]).report.left == left

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from adaptq_peft.selection.calibration import batch_sample_count, calibration_batches, write_calibration_samples
 
@@ -79,6 +80,37 @@ def test_a_data_loader_keeps_its_batches_up_to_the_number_of_samples(llama):
 def test_samples_that_are_not_text_are_stacked(llama):
     found = batches(llama, [{"pixel_values": torch.ones(3, 2, 2)}] * 5, batch_size=4)
     assert [batch["pixel_values"].shape for batch in found] == [(4, 3, 2, 2), (1, 3, 2, 2)]
+
+
+def test_what_the_model_takes_besides_tokens_comes_along_padded():
+    model = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=10))
+    ones = [{"input_ids": [1] * n, "token_type_ids": [1] * n, "labels": 1, "topic": "x"} for n in (2, 3)]
+    (batch,) = batches(model, ones, max_length=2)
+    assert batch["token_type_ids"].tolist() == [[1, 1], [1, 1]]
+    (batch,) = batches(model, ones)
+    assert batch["token_type_ids"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert batch.keys() == {"input_ids", "attention_mask", "token_type_ids"}
+
+
+def test_other_inputs_of_different_shapes_or_of_some_samples_only():
+    model = nn.Module()
+    model.forward = lambda input_ids, pixel_values=None: None
+    with pytest.raises(
+        ValueError, match=r"hold 'pixel_values' of different shapes: \[\(1, 2\), \(1, 3\)\]\. Give a Data"
+    ):
+        batches(model, [{"input_ids": [1], "pixel_values": torch.ones(1, n)} for n in (2, 3)])
+    (batch,) = batches(model, [{"input_ids": [1], "pixel_values": torch.ones(1, 2)}, {"input_ids": [1]}])
+    assert batch.keys() == {"input_ids", "attention_mask"}
+
+
+def test_a_decoder_reads_the_labels_or_else_the_tokens():
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    (batch,) = batches(model, [{"input_ids": [1], "labels": [2]}, {"input_ids": [1], "labels": [2, 3]}])
+    assert batch["labels"].tolist() == [[2, -100], [2, 3]]
+    assert batch["decoder_attention_mask"].tolist() == [[1, 0], [1, 1]]
+    (batch,) = batches(model, ["a bb", "ccc dd"])
+    assert batch["labels"].tolist() == batch["input_ids"].tolist()
 
 
 def test_samples_are_cut_and_evenly_drawn(llama):

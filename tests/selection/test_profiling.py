@@ -138,6 +138,28 @@ def test_no_data_means_that_the_model_writes_it_with_a_warning(llama):
     assert profile.num_samples == 50
 
 
+class Named(nn.Module):
+    """Takes and gives its hidden states by name."""
+
+    def __init__(self, key):
+        super().__init__()
+        self.key = key
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, **inputs):
+        return {self.key: self.linear(inputs[self.key])}
+
+
+@pytest.mark.parametrize("key", ["hidden_states", "x"])
+def test_blocks_that_take_and_give_hidden_states_by_name(key):
+    model = nn.Module()
+    model.layers = nn.ModuleList([Named(key), Named(key)])
+    model.forward = lambda x: model.layers[1](**model.layers[0](**{key: x}))
+    samples = [{"x": torch.ones(3, 4)}] * 50
+    expected = model.layers[0](**{key: torch.ones(3, 4)})[key].abs().mean().item()
+    assert profile_activations(model, samples).magnitude[0] == pytest.approx(expected)
+
+
 class Widening(nn.Module):
     def __init__(self):
         super().__init__()
