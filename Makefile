@@ -2,14 +2,14 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test lint types unit setup clean
+.PHONY: demo test lint types unit peft-tests setup clean
 
 # Runs the main job on a real model: profile, quantize, train, save, reload in a second process.
 demo: setup
 	$(RUN)/adaptq demo
 
 # Everything that CI checks.
-test: lint types unit
+test: lint types unit peft-tests
 
 lint: setup
 	$(RUN)/ruff check .
@@ -20,6 +20,10 @@ types: setup
 
 unit: setup
 	$(RUN)/python -m pytest
+
+# PEFT's own test-suite, from its sdist, with ADAPTQ's cases.
+peft-tests: setup
+	OMP_NUM_THREADS=1 $(RUN)/python scripts/peft_tests/run.py
 
 setup: $(VENV)/installed
 

@@ -157,6 +157,11 @@ class AdaptQTuner(BaseTuner):
         }
         found = {f"{prefix}{name.removeprefix(prefix)}": tensor for name, tensor in state_dict.items()}
         others = {f"{prefix}{name.removeprefix(prefix)}" for name in model.state_dict()}
+        # PEFT saves a resized embedding or head by the name that it has in the adapter, too.
+        others |= {
+            name.replace(f".{adapter_name}", "") for name in others if f".modules_to_save.{adapter_name}" in name
+        }
+        others |= {name.replace(f".{adapter_name}", "") for name in others if ".token_adapter." in name}
         check_adapter_tensors(expected, found, others)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 

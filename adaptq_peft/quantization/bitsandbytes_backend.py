@@ -64,7 +64,19 @@ def _linear_4bit(weight: torch.Tensor, bias: bool, settings: QuantizationSetting
     params: Any = bnb.nn.Params4bit(weight, requires_grad=False, module=layer, **storage)
     layer._parameters["weight"] = params.to(weight.device)
     keep_gradients_on_cpu(layer)
+    layer.register_load_state_dict_pre_hook(_load_quant_state)
     return layer
+
+
+def _load_quant_state(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Read the scales that `Linear4bit` writes into a state dict; by itself it refuses them when loading strictly."""
+    import bitsandbytes as bnb
+
+    start = f"{prefix}weight."
+    parts = {name.removeprefix(start): state_dict.pop(name) for name in list(state_dict) if name.startswith(start)}
+    if parts:
+        state = bnb.functional.QuantState.from_dict(parts, device=module.weight.device)
+        module.weight.quant_state = module.quant_state = state
 
 
 def _linear_8bit(weight: torch.Tensor, bias: bool, settings: QuantizationSettings) -> nn.Module:

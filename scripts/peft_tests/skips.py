@@ -117,6 +117,15 @@ _ROWS: tuple[Skip, ...] = (
 )
 #: The rows that apply here.
 SKIPS = tuple(row for row in _ROWS if row.when_missing is None or importlib.util.find_spec(row.when_missing) is None)
+    *(
+        Skip("test_custom_models", test, OTHER_BLOCKS, case="nf4")
+        for test in (
+            "test_set_adapter_non_overlapping_modules",
+            "test_set_requires_grad",
+            "test_multiple_active_adapters_with_different_modules_to_save_works",
+            "test_multiple_active_adapters_with_overlapping_modules_to_save_raises",
+        )
+    ),
 
 
 def find_skip(file: str, test: str, case: str) -> Skip | None:
