@@ -55,6 +55,15 @@ ACCELERATOR = "needs a GPU"
 SHARED_STATE = "about tuners with state shared between layers; ADAPTQ has none"
 
 _ROWS: tuple[Skip, ...] = (
+    *(
+        Skip("test_custom_models", test, OTHER_BLOCKS, case="nf4")
+        for test in (
+            "test_set_adapter_non_overlapping_modules",
+            "test_set_requires_grad",
+            "test_multiple_active_adapters_with_different_modules_to_save_works",
+            "test_multiple_active_adapters_with_overlapping_modules_to_save_raises",
+        )
+    ),
     Skip("*", "test_prompt_tuning_*", PROMPT),
     Skip("*", "test_training_prompt_learning_tasks", PROMPT),
     Skip("*", "test_set_requires_grad_prompt_learning_raises", PROMPT),
@@ -117,15 +126,6 @@ _ROWS: tuple[Skip, ...] = (
 )
 #: The rows that apply here.
 SKIPS = tuple(row for row in _ROWS if row.when_missing is None or importlib.util.find_spec(row.when_missing) is None)
-    *(
-        Skip("test_custom_models", test, OTHER_BLOCKS, case="nf4")
-        for test in (
-            "test_set_adapter_non_overlapping_modules",
-            "test_set_requires_grad",
-            "test_multiple_active_adapters_with_different_modules_to_save_works",
-            "test_multiple_active_adapters_with_overlapping_modules_to_save_raises",
-        )
-    ),
 
 
 def find_skip(file: str, test: str, case: str) -> Skip | None:
