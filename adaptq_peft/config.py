@@ -15,7 +15,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import BitsAndBytesConfig
 
 from .checkpoint import check_weights_file
-from .quantization import QUANTIZATION_NAMES
+from .quantization import ORIGINAL_WEIGHTS, QUANTIZATION_NAMES
 from .registration import ensure_peft_type
 from .selection import ActivationProfile, selection_strategy_names, strategy_needs_general_profile
 
@@ -71,6 +71,11 @@ class AdaptQConfig(PeftConfig):
         profile: an `ActivationProfile` made before by `profile_activations`; nothing is profiled then.
         quantization: how the linears of the frozen blocks are stored: "nf4" (default), "fp4", "int8", "none", or a
             `transformers.BitsAndBytesConfig`. The names mean bitsandbytes with nested absmax (double quantization).
+        original_weights: where the original weights of a linear come from that is quantized already: because the model
+            arrived in 4 bits, another adapter on it has frozen that block, or `unload()` takes all adapters off.
+            "checkpoint" (default): the safetensors checkpoint of the model, local or in the Hub's cache, tensor by
+            tensor. "keep": this adapter keeps the originals of what it quantizes, in the memory that they are in.
+            "dequantized": none; adapted blocks start from their dequantized weights.
         delta_scaling: s in W = W0 + s * delta, > 0. Adam moves W by learning rate x s, so the default 0.25 turns the
             usual LoRA rate 2e-4 into the full-rank rate 5e-5.
         delta_dtype: "float32", "bfloat16" or "float16". `None` (default): PEFT's rule, float32 unless the model is
@@ -101,6 +106,7 @@ class AdaptQConfig(PeftConfig):
     calibration_batch_size: int = 8
     profile: ActivationProfile | None = None
     quantization: str | dict | BitsAndBytesConfig = "nf4"
+    original_weights: str = "checkpoint"
     delta_scaling: float = 0.25
     delta_dtype: str | None = None
     base_fingerprint: dict | None = None
@@ -231,6 +237,13 @@ def _check_quantization(config: AdaptQConfig) -> Iterator[str]:
     )
 
 
+def _check_original_weights(config: AdaptQConfig) -> Iterator[str]:
+    if config.original_weights not in ORIGINAL_WEIGHTS:
+        yield f"original_weights is {config.original_weights!r}; allowed: {list(ORIGINAL_WEIGHTS)}"
+    elif config.original_weights == "dequantized" and config.quantization == "none":
+        yield 'original_weights "dequantized" rounds adapted blocks, too: it needs a quantization other than "none"'
+
+
 def _check_scaling(config: AdaptQConfig) -> Iterator[str]:
     scaling = config.delta_scaling
     if isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not 0 < scaling < math.inf:
@@ -258,6 +271,7 @@ _CHECKS = (
     _check_calibration,
     _check_profile,
     _check_quantization,
+    _check_original_weights,
     _check_scaling,
     _check_dtype,
     _check_version,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .module_names import base_name
 from .selection import Block
 
 MAX_TENSORS = 64
@@ -18,7 +19,6 @@ VALUES_PER_TENSOR = 4
 DTYPE_TOLERANCE = 2.0**-7
 
 _OF_ADAPTERS = ("adaptq_", "trainable_tokens_", "modules_to_save")
-_WRAPPERS = ("base_layer", "original_module", "token_adapter", "_orig_mod")
 
 
 def fingerprint_base(model: nn.Module, blocks: list[Block], adapted: Collection[int]) -> dict[str, Any]:
@@ -37,14 +37,14 @@ def fingerprint_base(model: nn.Module, blocks: list[Block], adapted: Collection[
         as the hexadecimal digits of a float32.
     """
     skipped = {
-        _base_name(f"{block.name}.{name}")
+        base_name(f"{block.name}.{name}")
         for block in blocks
         if block.index not in adapted
         for name, module in block.module.named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
     }
     # Only what is inside the blocks: a head, a pooler or rows for new tokens may be random in each process.
-    inside = tuple(f"{_base_name(block.name)}." for block in blocks) or ("",)
+    inside = tuple(f"{base_name(block.name)}." for block in blocks) or ("",)
     tensors = {
         name: parameter
         for name, parameter in _base_parameters(model)
@@ -115,13 +115,8 @@ def _base_parameters(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
         parts = name.split(".")
         if any(part.startswith(_OF_ADAPTERS) for part in parts):
             continue
-        own.append((_base_name(name), parameter))
+        own.append((base_name(name), parameter))
     return own
-
-
-def _base_name(name: str) -> str:
-    """The name that a parameter or module has in the base model itself."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _sample(tensor: torch.Tensor) -> str:

@@ -37,14 +37,19 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
 
     The wrapped layer keeps its parameters, frozen. `adaptq_delta[adapter]` holds a difference of the same shape for
     each; it starts at zero, so a new adapter does not change the output.
+
+    Where adapters on one model adapt different blocks, a linear that one of them adapts is quantized for another. Such
+    a layer holds a quantized copy, too, and runs it while all active adapters are in `quantized_for`.
     """
 
     adapter_layer_names = ("adaptq_delta",)
-    other_param_names = ("scaling",)
+    other_param_names = ("scaling", "quantized_for")
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: AdaptQConfig) -> None:
+    def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.adaptq_frozen: nn.Module | None = None
+        self.quantized_for: dict[str, bool] = {}  # used as a set; PEFT deletes adapters by key
         self._parameter_names = tuple(name for name, _ in base_layer.named_parameters(recurse=False))
         self.adaptq_delta = nn.ModuleDict()
         features: Any = _get_in_out_features(base_layer) if isinstance(base_layer, _WITH_FEATURES) else (None, None)
@@ -52,9 +57,8 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._unmerged_data: dict[str, torch.Tensor] = {}
-        self._active_adapter = adapter_name
+        self._active_adapter: str | list[str] = []
         self._disable_adapters = False
-        self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: AdaptQConfig) -> None:
         """Add the adapter `adapter_name` to this layer: zero deltas in `config.delta_dtype`, on the layer's device."""
@@ -76,6 +80,21 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
             del self.adaptq_delta[adapter_name]
             del self.scaling[adapter_name]
 
+    def add_quantized(self, quantized: nn.Module, adapters: list[str]) -> None:
+        """Run `quantized` instead of the wrapped layer for these adapters."""
+        self.adaptq_frozen = quantized
+        self.quantized_for.update(dict.fromkeys(adapters, True))
+
+    def forget_quantized(self, adapter: str) -> None:
+        """Undo `add_quantized` for one adapter."""
+        self.quantized_for.pop(adapter, None)
+        if not self.quantized_for:
+            self.adaptq_frozen = None
+
+    def is_quantized_for(self, adapters: list[str]) -> bool:
+        """Whether all of the adapters, at least one, see this layer quantized."""
+        return bool(adapters) and all(name in self.quantized_for for name in adapters)
+
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set s in W0 + s * delta for one adapter. Unknown adapters are ignored, as in other PEFT layers."""
         if adapter in self.scaling:
@@ -86,6 +105,8 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
             return self._forward_mixed_batch(adapter_names, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if self.quantized_for and self.is_quantized_for(self.merged_adapters or self.active_adapters):
+            return self.adaptq_frozen(*args, **kwargs)  # type: ignore[misc]
         adapters = [] if self.disable_adapters or self.merged else self._applied_adapters()
         if not adapters:
             return self.base_layer(*args, **kwargs)
@@ -109,15 +130,19 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
             rows = [row for row, name in enumerate(names) if name == adapter]
             inputs = [_rows(value, rows, size) for value in args]
             named = {key: _rows(value, rows, size) for key, value in kwargs.items()}
-            known = adapter in self.adaptq_delta
-            part = (
-                self._forward_with_deltas([adapter], *inputs, **named) if known else self.base_layer(*inputs, **named)
-            )
+            part = self._forward_as(adapter, *inputs, **named)
             if result is None:
                 result = part.new_empty((size, *part.shape[1:]))
             result[rows] = part
         assert result is not None
         return result
+
+    def _forward_as(self, adapter: str, *args: Any, **kwargs: Any) -> Any:
+        """What the layer gives for one adapter; "__base__" is the base as the active adapters see it."""
+        if adapter in self.adaptq_delta:
+            return self._forward_with_deltas([adapter], *args, **kwargs)
+        quantized = self.is_quantized_for(self.active_adapters if adapter == "__base__" else [adapter])
+        return (self.adaptq_frozen if quantized else self.base_layer)(*args, **kwargs)  # type: ignore[misc]
 
     def _applied_adapters(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.adaptq_delta]
@@ -222,8 +247,9 @@ class AdaptQLinear(AdaptQLayer):
         base: Any = self.base_layer
         weight, bias = base.weight, base.bias
         device: str = weight.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        return delta_linear(
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+        output = delta_linear(
             args[0].to(dtype),
             weight,
             None if bias is None else self._adapted("bias", bias, adapters, dtype),
@@ -231,6 +257,8 @@ class AdaptQLinear(AdaptQLayer):
             self._scales(adapters),
             transposed=isinstance(self.base_layer, Conv1D),
         )
+        # As a 4-bit linear does: `prepare_model_for_kbit_training` leaves float32 norms between 16-bit linears.
+        return output if autocast else output.to(args[0].dtype)
 
 
 def _rows(value: Any, rows: list[int], size: int) -> Any:
@@ -249,7 +277,14 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
+def wrap_layer(target: nn.Module) -> AdaptQLayer:
+    """A layer around a module with parameters of its own: `AdaptQLinear` where it fits. It has no adapter yet."""
+    return AdaptQLinear(target) if type(target) in (nn.Linear, Conv1D) else AdaptQLayer(target)
+
+
 def create_layer(target: nn.Module, adapter_name: str, config: AdaptQConfig) -> AdaptQLayer:
-    """The layer for a module with parameters of its own: `AdaptQLinear` where it fits, else `AdaptQLayer`."""
-    layer_class = AdaptQLinear if type(target) in (nn.Linear, Conv1D) else AdaptQLayer
-    return layer_class(target, adapter_name, config)
+    """`wrap_layer` with its first adapter, active."""
+    layer = wrap_layer(target)
+    layer._active_adapter = adapter_name
+    layer.update_layer(adapter_name, config)
+    return layer

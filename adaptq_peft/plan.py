@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from .config import AdaptQConfig
-from .fingerprint import check_base, fingerprint_base
-from .quantization import is_quantized
+from .layer import AdaptQLayer
+from .quantization import is_quantized, quantization_on_arrival, resolve_quantization
 from .selection import (
     ActivationProfile,
     Block,
@@ -34,19 +35,15 @@ class AdapterPlan:
         adapted: indices of the adapted blocks, ascending.
         profile: what they were chosen by, if anything was profiled.
         targets: dotted names of the layers that get deltas.
-        fingerprint: identifies the base model.
+        quantization: how the linears of the other blocks are stored: the config's, or that of a model that arrived
+            quantized.
     """
 
     blocks: list[Block]
     adapted: list[int]
     profile: ActivationProfile | None
     targets: list[str]
-    fingerprint: dict[str, Any]
-
-    @property
-    def frozen(self) -> list[Block]:
-        """The blocks that are not adapted."""
-        return [block for block in self.blocks if block.index not in self.adapted]
+    quantization: str | dict[str, Any]
 
 
 def make_plan(model: nn.Module, config: AdaptQConfig, others: Mapping[str, AdaptQConfig]) -> AdapterPlan:
@@ -59,17 +56,15 @@ def make_plan(model: nn.Module, config: AdaptQConfig, others: Mapping[str, Adapt
 
     Raises:
         ValueError: if no blocks are found, K or an index is out of range, activations are not finite, a layer can't
-            get deltas, the base is not the one of the config, or the other adapters adapt other blocks.
+            get deltas, or the other adapters want the base in another form.
     """
     blocks = _blocks_or_none(model, config)
     adapted, profile = _select(model, blocks, config) if blocks else ([], None)
     targets = find_targets(model, [blocks[index] for index in adapted] if blocks else None, config)
-    _check_others(config, adapted, others)
+    quantization = _quantization(model, config)
+    _check_others(model, config, quantization, others)
     _check_modules_to_save(model, config)
-    fingerprint = fingerprint_base(model, blocks, adapted)
-    if config.base_fingerprint is not None:
-        check_base(config.base_fingerprint, fingerprint)
-    return AdapterPlan(blocks, adapted, profile, targets, fingerprint)
+    return AdapterPlan(blocks, adapted, profile, targets, quantization)
 
 
 def _blocks_or_none(model: nn.Module, config: AdaptQConfig) -> list[Block]:
@@ -151,15 +146,44 @@ def _check_modules_to_save(model: nn.Module, config: AdaptQConfig) -> None:
             )
 
 
-def _check_others(config: AdaptQConfig, adapted: list[int], others: Mapping[str, AdaptQConfig]) -> None:
-    """A block that one adapter trains must not be one that another adapter stores in 4 bits."""
+def _quantization(model: nn.Module, config: AdaptQConfig) -> str | dict[str, Any]:
+    """The settings of a model that arrived quantized, else those of the config."""
+    arrived = quantization_on_arrival(model)
+    if arrived is None:
+        return config.quantization  # type: ignore[return-value]  # AdaptQConfig has made it a name or a dict
+    asked, found = resolve_quantization(config.quantization), resolve_quantization(arrived)
+    is_saved_adapter = config.base_fingerprint is not None
+    if is_saved_adapter and asked is not None and found is not None and not asked.same_codes(found):
+        warnings.warn(
+            f"The adapter was trained with frozen blocks in {asked.describe()}, and this model arrived in "
+            f"{found.describe()}: outputs differ from those of the model that was saved.",
+            stacklevel=2,
+        )
+    return arrived
+
+
+def _check_others(
+    model: nn.Module, config: AdaptQConfig, quantization: str | dict[str, Any], others: Mapping[str, AdaptQConfig]
+) -> None:
+    """Adapters on one model may differ in their blocks, not in how a linear is quantized: it has one such copy."""
+    settings = resolve_quantization(quantization)
     for name, other in others.items():
-        both_plain = config.quantization == "none" and other.quantization == "none"
-        same = adapted == (other.layers_to_transform or []) and config.quantization == other.quantization
-        if not both_plain and not same:
+        other_settings = resolve_quantization(other.quantization)
+        if settings and other_settings and not settings.same_codes(other_settings):
             raise ValueError(
-                f"The new adapter adapts blocks {adapted} with quantization {config.quantization!r}, and adapter "
-                f"{name!r} on this model adapts blocks {other.layers_to_transform} with {other.quantization!r}. "
-                "Adapters on one quantized model must share both: set layers_to_transform="
-                f"{other.layers_to_transform}, or put the new one on a base model of its own."
+                f"The new adapter wants its frozen blocks in {settings.describe()}, and adapter {name!r} on this "
+                f"model has them in {other_settings.describe()}. Give both the same quantization, or put the new one "
+                "on a base model of its own."
             )
+        if (config.original_weights == "dequantized") != (other.original_weights == "dequantized"):
+            raise ValueError(
+                f"The new adapter has original_weights={config.original_weights!r}, and adapter {name!r} on this "
+                f"model has {other.original_weights!r}: their adapted blocks start from different weights. Put the "
+                "new adapter on a base model of its own."
+            )
+    merged = [name for name, module in model.named_modules() if isinstance(module, AdaptQLayer) and module.merged]
+    if merged:
+        raise ValueError(
+            f"Adapters are merged into {len(merged)} layers of this model, so a new one would start from merged "
+            "weights. Call unmerge_adapter() first."
+        )

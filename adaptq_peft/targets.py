@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import AdaptQConfig
 from .layer import AdaptQLayer
+from .module_names import base_name, is_inside_a_wrapper
 from .quantization import is_quantized
 from .selection import Block
 
@@ -24,29 +25,18 @@ def find_targets(model: nn.Module, adapted: list[Block] | None, config: AdaptQCo
         config: its `target_modules`, `exclude_modules` and `modules_to_save` narrow the choice.
 
     Raises:
-        ValueError: if a layer can't get deltas: it is quantized already, or an `nn.MultiheadAttention`.
+        ValueError: if a layer can't get deltas: it is an `nn.MultiheadAttention`, or quantized and not in a block.
     """
     prefixes = None if adapted is None else tuple(f"{block.name}." for block in adapted)
     targets: list[str] = []
     for name, module in model.named_modules():
-        if not name or _is_inside_a_wrapper(name) or (prefixes is not None and not name.startswith(prefixes)):
+        if not name or is_inside_a_wrapper(name) or (prefixes is not None and not name.startswith(prefixes)):
             continue
         layer = module.base_layer if isinstance(module, AdaptQLayer) else module
-        if any(True for _ in layer.parameters(recurse=False)) and is_targeted(_base_name(name), layer, config):
-            _check_supported(name, layer)
+        if any(True for _ in layer.parameters(recurse=False)) and is_targeted(base_name(name), layer, config):
+            _check_supported(name, layer, has_blocks=adapted is not None)
             targets.append(name)
     return targets
-
-
-def _is_inside_a_wrapper(name: str) -> bool:
-    """Whether a name is that of a wrapped layer or of its deltas; the wrapper itself stands for both."""
-    parts = name.split(".")
-    return parts[-1] == "base_layer" or any(part.startswith("adaptq_") for part in parts)
-
-
-def _base_name(name: str) -> str:
-    """The name of a layer in the model without adapters."""
-    return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
 def is_targeted(name: str, layer: nn.Module, config: AdaptQConfig) -> bool:
@@ -73,11 +63,11 @@ def match_by_peft(name: str, target_modules: set[str] | list[str] | str, config:
     return check_target_module_exists(rules, name)
 
 
-def _check_supported(name: str, layer: nn.Module) -> None:
-    if is_quantized(layer):
+def _check_supported(name: str, layer: nn.Module, has_blocks: bool) -> None:
+    if is_quantized(layer) and not has_blocks:
         raise ValueError(
-            f"{name} is quantized already, and an adapted block needs its original weights. Load the model without a "
-            "quantization_config, or with one whose llm_int8_skip_modules names the adapted blocks."
+            f"{name} is quantized, and only layers in transformer blocks get their original weights back. Load the "
+            "model without a quantization_config, or with one whose llm_int8_skip_modules names this layer."
         )
     if isinstance(layer, nn.MultiheadAttention):
         raise ValueError(

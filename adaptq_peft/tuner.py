@@ -13,20 +13,23 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .block_forms import BlockForms, QuantizationReport, Wishes
 from .checkpoint import check_adapter_tensors
 from .config import AdaptQConfig
+from .fingerprint import check_base, fingerprint_base
 from .frozen_prefix import FrozenPrefix
 from .layer import AdaptQLayer, create_layer
 from .mixed_batch import mixed_batch
 from .plan import AdapterPlan, make_plan
-from .quantization import (
-    QuantizationReport,
-    QuantizedSwap,
-    dequantize_frozen,
-    keep_gradients_on_cpu,
-    resolve_quantization,
-)
+from .quantization import keep_gradients_on_cpu, resolve_quantization, skip_when_quantizing
 from .targets import is_excluded, match_by_peft
+from .unloading import (
+    build_plain_layers,
+    drop_unneeded_forms,
+    put_plain_layers,
+    resolve_unloaded_form,
+    show_quantized_forms,
+)
 from .weighted_adapter import (
     check_modules_to_save,
     combine_deltas,
@@ -57,16 +60,19 @@ class AdaptQTuner(BaseTuner):
         """Profile, select, quantize and add deltas; called by `get_peft_model` and `add_adapter`."""
         others = dict(self._configs)
         config = others.pop(adapter_name)
-        with self._undo_on_error(model, adapter_name):
-            with _adapters_off(model):
-                plan = make_plan(model, config, others)
-            settings = None if others else resolve_quantization(config.quantization)
-            swap = QuantizedSwap(model, plan.frozen, settings, lambda name: is_excluded(name, config))
+        with _adapters_off(model):
+            plan = make_plan(model, config, others)
+        forms = BlockForms(model, plan.blocks, _wishes(adapter_name, config, plan), list(others))
+        with self._undo_on_error(model, adapter_name, forms):
+            forms.apply()
+            fingerprint = fingerprint_base(model, plan.blocks, plan.adapted)
+            if config.base_fingerprint is not None:
+                check_base(config.base_fingerprint, fingerprint)
             self._targets = plan.targets
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._update_nested_layers(model, adapter_name, config)
-            swap.commit()
-        self._finish(model, config, plan, swap.report)
+        config.base_fingerprint = fingerprint
+        self._finish(model, config, plan, forms.report)
 
     def _update_nested_layers(self, model: nn.Module, adapter_name: str, config: AdaptQConfig) -> None:
         """Add the adapter where PEFT does not look: adapter layers inside a layer that is wrapped itself."""
@@ -78,9 +84,11 @@ class AdaptQTuner(BaseTuner):
     def _finish(self, model: nn.Module, config: AdaptQConfig, plan: AdapterPlan, report: QuantizationReport) -> None:
         config.layers_to_transform = plan.adapted or None
         config.profile = plan.profile
-        config.base_fingerprint = plan.fingerprint
-        self.quantization_report.swapped.update(report.swapped)
+        config.quantization = plan.quantization
+        self.quantization_report.swapped.extend(report.swapped)
+        self.quantization_report.restored.extend(report.restored)
         self.quantization_report.left.update(report.left)
+        skip_when_quantizing(model, report.restored)
         self._frozen_prefix.set_blocks([block.name for block in plan.blocks])
         for module in model.modules():
             keep_gradients_on_cpu(module)
@@ -94,7 +102,7 @@ class AdaptQTuner(BaseTuner):
         return self.peft_config  # type: ignore[return-value]  # PEFT lets no other method onto the model
 
     @contextmanager
-    def _undo_on_error(self, model: nn.Module, adapter_name: str) -> Iterator[None]:
+    def _undo_on_error(self, model: nn.Module, adapter_name: str, forms: BlockForms) -> Iterator[None]:
         """On any error take the half-made adapter off the model again, so that the model is as it was."""
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         wrappers = {name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
@@ -104,10 +112,11 @@ class AdaptQTuner(BaseTuner):
             for name, module in reversed(list(model.named_modules())):  # inner layers before those around them
                 if isinstance(module, AdaptQLayer):
                     module.remove_adapter(adapter_name)
-                    if not module.adaptq_delta:
+                    if not module.adaptq_delta and not module.quantized_for:
                         model.set_submodule(name, module.base_layer)
                 elif isinstance(module, AuxiliaryTrainingWrapper) and name not in wrappers:
                     model.set_submodule(name, module.original_module)
+            forms.undo()
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             raise
@@ -143,6 +152,11 @@ class AdaptQTuner(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         if self._configs[adapter_name].delta_dtype is None:  # else the user chose
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        found = super()._get_adapter_state_dict(*args, **kwargs)
+        return {name: tensor for name, tensor in found.items() if ".adaptq_frozen." not in name}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -220,22 +234,65 @@ class AdaptQTuner(BaseTuner):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self._frozen_prefix.refresh()
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As in other tuners; the frozen blocks become plain layers again, with their dequantized weights.
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, as in other PEFT methods, and what only it needed: original weights, quantized copies."""
+        others = [name for name in self.active_adapters if name != adapter_name]
+        others = others or sorted(name for name in self.peft_config if name != adapter_name)[:1]
+        super().delete_adapter(adapter_name)
+        if self.active_adapters != others:  # PEFT asks its first layer, which may know no other adapter
+            self.set_adapter(others)
+        drop_unneeded_forms(self.model, list(self.peft_config))
+        self._frozen_prefix.refresh()
 
-        A model with packed 4-bit weights and no quantization_config would save to a folder that can't be loaded.
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        frozen: str | None = None,
+    ) -> nn.Module:
+        """Merge the deltas and take all adapters off, as in other PEFT methods.
+
+        Args:
+            progressbar: show one. Default `False`.
+            safe_merge: check that merged weights are finite. Default `False`.
+            adapter_names: adapters to merge; `None`: the active ones.
+            frozen: what the linears of the frozen blocks become. "dequantized": plain layers with the rounded weights
+                that were trained with. "original": plain layers with the original weights, as far as they were kept
+                or the checkpoint can be read. "quantized": they stay as they are. `None` (default): "quantized" for a
+                model that arrived quantized, else "dequantized".
+
+        Raises:
+            ValueError: if `frozen` is none of these, or "original" and original weights can't be had.
         """
-        swapped = self.quantization_report.swapped
-        if swapped and not merge:
-            warnings.warn(
-                f"The original weights of {len(swapped)} quantized linears are gone: the unloaded model has the "
-                "dequantized ones. Load the base model again where you need the originals.",
-                stacklevel=3,
-            )
+        return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names, frozen)
+
+    def unload(self, frozen: str | None = None) -> nn.Module:
+        """Take all adapters off.
+
+        Args:
+            frozen: as in `merge_and_unload`. `None` (default): "quantized" for a model that arrived quantized, else
+                "original", and where original weights can't be had, "dequantized" with a warning.
+        """
+        return self._unload_and_optionally_merge(False, frozen=frozen)
+
+    def _unload_and_optionally_merge(  # type: ignore[override]
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        frozen: str | None = None,
+    ) -> Any:
+        """As in other tuners. Packed weights without a quantization_config would save to what can't be loaded."""
+        form = resolve_unloaded_form(self.model, frozen, merge)
+        if form != "original":
+            show_quantized_forms(self.model, adapter_names)
+        plain = build_plain_layers(self.model, form, or_dequantized=frozen is None)
         while any(isinstance(module, AdaptQLayer) for module in self.model.modules()):  # wrapped within wrapped ones
-            super()._unload_and_optionally_merge(merge, *args, **kwargs)
+            super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         self._frozen_prefix.disable_input_require_grads()
-        dequantize_frozen(self.model, swapped)
+        put_plain_layers(self.model, plain)
         return self.model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -259,6 +316,16 @@ class AdaptQTuner(BaseTuner):
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """The older name of `activation_checkpointing_enable`."""
         self._frozen_prefix.enable_checkpointing(self.model.gradient_checkpointing_enable, *args, **kwargs)
+
+
+def _wishes(adapter_name: str, config: AdaptQConfig, plan: AdapterPlan) -> Wishes:
+    return Wishes(
+        adapter_name=adapter_name,
+        adapted=plan.adapted,
+        settings=resolve_quantization(plan.quantization),
+        original_weights=config.original_weights,
+        is_excluded=lambda name: is_excluded(name, config),
+    )
 
 
 @contextmanager

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
 
 from adaptq_peft import AdaptQConfig
-from adaptq_peft.quantization import is_quantized
+from adaptq_peft.quantization import dequantize_linear, is_quantized
 from adaptq_peft.selection import find_blocks
 
 
@@ -127,12 +129,10 @@ def test_a_model_without_blocks_uses_its_own_method():
 
 def dequantized_twin(wrapped):
     """The same model with plain linears that hold the dequantized weights in place of the 4-bit ones."""
-    import copy
-
-    from adaptq_peft.quantization import dequantize_frozen
-
     twin = copy.deepcopy(wrapped)
-    dequantize_frozen(twin.base_model.model, twin.base_model.quantization_report.swapped)
+    for name, module in list(twin.named_modules()):
+        if is_quantized(module):
+            twin.set_submodule(name, dequantize_linear(module))
     return twin
 
 

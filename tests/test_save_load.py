@@ -12,26 +12,12 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support import logits, randomize
 
 import adaptq_peft
 from adaptq_peft import AdaptQConfig
-from adaptq_peft.layer import AdaptQLayer
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-def randomize(model, std=0.02):
-    generator = torch.Generator().manual_seed(5)
-    for layer in model.modules():
-        if isinstance(layer, AdaptQLayer):
-            for parameter in layer.adaptq_delta["default"].parameters():
-                parameter.data.normal_(std=std, generator=generator)
-
-
-def logits(model, batch):
-    model.eval()
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 @pytest.fixture

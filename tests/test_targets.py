@@ -6,7 +6,8 @@ from peft import get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from adaptq_peft import AdaptQConfig
-from adaptq_peft.quantization import QuantizedSwap, resolve_quantization
+from adaptq_peft.block_forms import quantize_blocks
+from adaptq_peft.quantization import resolve_quantization
 from adaptq_peft.selection import find_blocks
 from adaptq_peft.targets import find_targets
 
@@ -62,13 +63,12 @@ def test_without_blocks_the_whole_model_is_searched():
     assert find_targets(model, None, AdaptQConfig(target_modules=["2"])) == ["2"]
 
 
-def test_a_quantized_layer_cannot_be_adapted(llama):
-    block = find_blocks(llama)[2]
-    QuantizedSwap(llama, [block], resolve_quantization("nf4"), lambda name: False).commit()
+def test_a_quantized_layer_outside_blocks_cannot_be_adapted(llama):
+    quantize_blocks(llama, find_blocks(llama), resolve_quantization("nf4"))
     with pytest.raises(
-        ValueError, match=r"model\.layers\.2\.self_attn\.q_proj is quantized already.*llm_int8_skip_modu"
+        ValueError, match=r"model\.layers\.0\.self_attn\.q_proj is quantized, and only layers in transformer blocks"
     ):
-        targets(llama)
+        find_targets(llama, None, AdaptQConfig(target_modules=["q_proj"]))
 
 
 class Mixer(nn.Module):

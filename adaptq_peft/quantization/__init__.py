@@ -1,17 +1,36 @@
-"""The rest in 4 bits: settings, one file a backend, and the swap of the frozen blocks' linears."""
+"""The rest in 4 bits.
 
-from .bitsandbytes_backend import is_quantized, keep_gradients_on_cpu, quantize_linear
-from .frozen_blocks import QuantizationReport, QuantizedSwap, dequantize_frozen
+Settings, models that arrive quantized, one file a backend, what is left as it is, the way back to original weights.
+"""
+
+from .arrival import forget_arrival, quantization_on_arrival, skip_when_quantizing
+from .bitsandbytes_backend import (
+    check_bitsandbytes,
+    dequantize_linear,
+    is_quantized,
+    keep_gradients_on_cpu,
+    origin_of,
+    quantize_linear,
+)
+from .leave_reasons import LeaveReasons, fused_experts
+from .original_weights import ORIGINAL_WEIGHTS, OriginalWeights
 from .settings import QUANTIZATION_NAMES, QuantizationSettings, resolve_quantization
 
 __all__ = [
+    "ORIGINAL_WEIGHTS",
     "QUANTIZATION_NAMES",
-    "QuantizationReport",
+    "LeaveReasons",
+    "OriginalWeights",
     "QuantizationSettings",
-    "QuantizedSwap",
-    "dequantize_frozen",
+    "check_bitsandbytes",
+    "dequantize_linear",
+    "forget_arrival",
+    "fused_experts",
     "is_quantized",
     "keep_gradients_on_cpu",
+    "origin_of",
+    "quantization_on_arrival",
     "quantize_linear",
     "resolve_quantization",
+    "skip_when_quantizing",
 ]

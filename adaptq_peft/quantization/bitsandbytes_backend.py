@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,21 @@ def check_bitsandbytes() -> None:
             "Quantizing the frozen blocks needs bitsandbytes, which is not installed. Run `pip install bitsandbytes`, "
             'or use AdaptQConfig(quantization="none").'
         )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a quantized linear was before.
+
+    Args:
+        linear_class: `nn.Linear` or `Conv1D`.
+        dtype: dtype of its weight.
+        kept: the layer itself, if it was kept. Not a submodule of the quantized one: it does not move with the model.
+    """
+
+    linear_class: type[nn.Module]
+    dtype: torch.dtype
+    kept: nn.Module | None = None
 
 
 def quantize_linear(linear: nn.Module, settings: QuantizationSettings) -> nn.Module:
@@ -46,6 +62,8 @@ def quantize_linear(linear: nn.Module, settings: QuantizationSettings) -> nn.Mod
     quantized = build(weight.contiguous(), linear.bias is not None, settings)
     # Straight into the dict: with `low_cpu_mem_usage=True`, registering a parameter would send it to the meta device.
     quantized._parameters["bias"] = linear.bias  # type: ignore[assignment]
+    linear_class = Conv1D if isinstance(linear, Conv1D) else nn.Linear
+    quantized.adaptq_origin = Origin(linear_class, weight.dtype)  # type: ignore[assignment]
     return quantized.requires_grad_(False).train(linear.training)
 
 
@@ -114,26 +132,55 @@ def keep_gradients_on_cpu(module: nn.Module) -> None:
     """
     if hasattr(module, "support_avx512bf16_for_cpu"):
         module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        module.state_dict()  # undoes the repacking, if there was an evaluation pass before
 
 
-def dequantize_linear(quantized: nn.Module, linear_class: type[nn.Module], dtype: torch.dtype) -> nn.Module:
+def origin_of(quantized: nn.Module) -> Origin:
+    """What a quantized linear was, whether `quantize_linear` made it or transformers did while loading."""
+    origin = getattr(quantized, "adaptq_origin", None)
+    if origin is not None:
+        return origin
+    source: Any = quantized
+    state = getattr(source.weight, "quant_state", None)
+    linear_class = Conv1D if getattr(quantized, "source_cls", None) is Conv1D else nn.Linear
+    return Origin(linear_class, torch.float16 if state is None else state.dtype)  # LLM.int8() takes float16
+
+
+def settings_of(quantized: nn.Module) -> QuantizationSettings:
+    """The settings by which a linear was quantized."""
+    source: Any = quantized
+    state = getattr(source.weight, "quant_state", None)
+    if state is None:
+        return QuantizationSettings(bits=8, outlier_threshold=source.state.threshold)
+    return QuantizationSettings(
+        bits=4,
+        quant_type=state.quant_type,
+        nested_absmax=state.nested,
+        compute_dtype=source.compute_dtype,
+        storage_dtype=source.weight.dtype,
+    )
+
+
+def dequantize_linear(quantized: nn.Module) -> nn.Module:
     """The inverse of `quantize_linear` up to the rounding: a plain layer with the dequantized weights.
 
     Args:
         quantized: `Linear4bit` or `Linear8bitLt`.
-        linear_class: `nn.Linear` or `Conv1D`, the class of the layer that was quantized.
-        dtype: dtype of the weights.
     """
     source: Any = quantized
-    weight = dequantize_bnb_weight(source.weight, state=getattr(quantized, "state", None)).to(dtype)
-    out_features, in_features = weight.shape
-    if linear_class is Conv1D:
-        with torch.device("meta"):
-            linear: nn.Module = Conv1D(out_features, in_features)
+    origin = origin_of(quantized)
+    weight = dequantize_bnb_weight(source.weight, state=getattr(quantized, "state", None)).to(origin.dtype)
+    if origin.linear_class is Conv1D:
         weight = weight.t().contiguous()
-    else:
-        linear = nn.Linear(in_features, out_features, device="meta")
+    return linear_from_tensors(origin.linear_class, weight, source.bias).train(quantized.training)
+
+
+def linear_from_tensors(linear_class: type[nn.Module], weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    """A frozen `nn.Linear` with this weight [out, in], or `Conv1D` with this weight [in, out]. The bias is copied."""
+    with torch.device("meta"):
+        linear = linear_class(*weight.shape[::-1])
+    # Straight into the dict: with `low_cpu_mem_usage=True`, registering a parameter would send it to the meta device.
     linear._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-    bias = source.bias
-    linear._parameters["bias"] = None if bias is None else nn.Parameter(bias.data.to(dtype), requires_grad=False)
-    return linear.train(quantized.training)
+    copied = None if bias is None else nn.Parameter(bias.detach().to(weight.dtype, copy=True), requires_grad=False)
+    linear._parameters["bias"] = copied
+    return linear

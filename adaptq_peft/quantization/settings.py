@@ -33,6 +33,17 @@ class QuantizationSettings:
     outlier_threshold: float = 6.0
     skip_modules: tuple[str, ...] = ()
 
+    def same_codes(self, other: QuantizationSettings) -> bool:
+        """Whether both give the same codes and scales for a weight."""
+        keys = ("bits", "quant_type", "nested_absmax") if self.bits == 4 else ("bits",)
+        return all(getattr(self, key) == getattr(other, key) for key in keys)
+
+    def describe(self) -> str:
+        """For messages: "nf4 with nested absmax", "fp4" or "int8"."""
+        if self.bits == 8:
+            return "int8"
+        return f"{self.quant_type} {'with' if self.nested_absmax else 'without'} nested absmax"
+
 
 _NAMED: dict[str, QuantizationSettings | None] = {
     "nf4": QuantizationSettings(bits=4, quant_type="nf4"),

@@ -32,7 +32,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from adaptq_peft import AdaptQConfig
-from adaptq_peft.quantization import QuantizedSwap, resolve_quantization
+from adaptq_peft.block_forms import quantize_blocks
+from adaptq_peft.quantization import resolve_quantization
 from adaptq_peft.selection import find_blocks
 
 
@@ -50,14 +51,14 @@ def make_unfrozen(model: nn.Module, quantization: str) -> nn.Module:
     blocks, trained = find_blocks(model), top_half(model)
     frozen = [block for block in blocks if block.index not in trained]
     model.requires_grad_(False)
-    QuantizedSwap(model, frozen, resolve_quantization(quantization), lambda name: False).commit()
+    quantize_blocks(model, frozen, resolve_quantization(quantization))
     for index in trained:
         blocks[index].module.requires_grad_(True)
     return model
 
 
 def make_lora(model: nn.Module, quantization: str) -> nn.Module:
-    QuantizedSwap(model, find_blocks(model), resolve_quantization(quantization), lambda name: False).commit()
+    quantize_blocks(model, find_blocks(model), resolve_quantization(quantization))
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"))
 
 

@@ -5,41 +5,43 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from adaptq_peft.quantization import QuantizedSwap, dequantize_frozen, is_quantized, resolve_quantization
-from adaptq_peft.quantization import frozen_blocks as frozen_blocks_module
+from adaptq_peft import block_forms
+from adaptq_peft.block_forms import BlockForms, Wishes
+from adaptq_peft.quantization import is_quantized, resolve_quantization
 from adaptq_peft.selection import find_blocks
 
 NF4 = resolve_quantization("nf4")
 
 
-def make_swap(model, indices=(0, 1), settings=NF4, is_excluded=lambda name: False):
+def make_forms(model, frozen=(0, 1), settings=NF4, is_excluded=lambda name: False, others=(), source="checkpoint"):
     blocks = find_blocks(model)
-    return QuantizedSwap(model, [blocks[i] for i in indices], settings, is_excluded)
+    adapted = {block.index for block in blocks} - set(frozen)
+    return BlockForms(model, blocks, Wishes("new", adapted, settings, source, is_excluded), list(others))
 
 
 def test_only_linears_of_the_given_blocks_are_swapped(model):
-    swap = make_swap(model)
+    forms = make_forms(model)
     assert not any(is_quantized(module) for module in model.modules())
-    swap.commit()
+    forms.apply()
     for block in find_blocks(model):
         linears = [m for m in block.module.modules() if isinstance(m, (nn.Linear, Conv1D)) or is_quantized(m)]
         assert linears
         assert all(is_quantized(m) == (block.index < 2) for m in linears)
     assert not is_quantized(model.get_output_embeddings())
-    assert len(swap.report.swapped) == len([m for m in model.modules() if is_quantized(m)])
-    assert swap.report.left == {}
+    assert len(forms.report.swapped) == len([m for m in model.modules() if is_quantized(m)])
+    assert forms.report.left == {}
 
 
 def test_no_settings_swaps_nothing(llama):
-    swap = make_swap(llama, settings=None)
-    swap.commit()
-    assert swap.report.swapped == {}
+    forms = make_forms(llama, settings=None)
+    forms.apply()
+    assert forms.report.swapped == []
 
 
 def test_what_is_left_is_reported(llama):
     llama.model.layers[0].self_attn.k_proj.weight = llama.model.layers[1].self_attn.k_proj.weight
-    swap = make_swap(llama, is_excluded=lambda name: name.endswith("o_proj"))
-    assert swap.report.left == {
+    forms = make_forms(llama, is_excluded=lambda name: name.endswith("o_proj"))
+    assert forms.report.left == {
         "model.layers.0.self_attn.k_proj": "its weight is shared with another module",
         "model.layers.0.self_attn.o_proj": "named in exclude_modules or modules_to_save",
         "model.layers.1.self_attn.k_proj": "its weight is shared with another module",
@@ -53,22 +55,13 @@ def test_a_failure_in_the_middle_names_the_layer_and_touches_nothing(llama, monk
             raise RuntimeError("out of memory")
         return nn.Identity()
 
-    monkeypatch.setattr(frozen_blocks_module, "quantize_linear", fail_late)
+    monkeypatch.setattr(block_forms, "quantize_linear", fail_late)
     before = list(llama.modules())
     with pytest.raises(
-        ValueError, match=r"quantizing model\.layers\.1\.mlp\.up_proj of frozen block 1 failed: out of memory"
+        ValueError, match=r"quantizing model\.layers\.1\.mlp\.up_proj of block 1 failed: out of memory"
     ):
-        make_swap(llama)
+        make_forms(llama)
     assert list(llama.modules()) == before
-
-
-def test_dequantizing_restores_classes_names_and_dtypes(model):
-    model.bfloat16()
-    shapes = {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
-    swap = make_swap(model)
-    swap.commit()
-    dequantize_frozen(model, swap.report.swapped)
-    assert {name: (p.shape, p.dtype) for name, p in model.named_parameters()} == shapes
 
 
 def test_the_weight_bytes_of_a_half_quantized_model(make_model):
@@ -87,7 +80,7 @@ def test_the_weight_bytes_of_a_half_quantized_model(make_model):
         return total
 
     before = linear_bytes()
-    make_swap(model).commit()
+    make_forms(model).apply()
     assert linear_bytes() / before <= 0.63
     assert linear_bytes() / before == pytest.approx((4.127 + 16) / 32, abs=2e-3)
 
@@ -95,9 +88,9 @@ def test_the_weight_bytes_of_a_half_quantized_model(make_model):
 def test_multihead_attention_keeps_its_output_projection():
     model = nn.Module()
     model.layers = nn.ModuleList([nn.TransformerEncoderLayer(64, 2, 64, batch_first=True)])
-    swap = make_swap(model, indices=[0])
-    assert swap.report.left == {"layers.0.self_attn.out_proj": "nn.MultiheadAttention reads its weight directly"}
-    swap.commit()
+    forms = make_forms(model, frozen=[0])
+    assert forms.report.left == {"layers.0.self_attn.out_proj": "nn.MultiheadAttention reads its weight directly"}
+    forms.apply()
     model.layers[0].train()
     assert torch.isfinite(model.layers[0](torch.randn(1, 3, 64))).all()
 
@@ -108,7 +101,7 @@ def test_layers_that_transformers_keeps_in_float32_are_left():
     model = T5ForConditionalGeneration(
         T5Config(d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4, vocab_size=20, decoder_start_token_id=0)
     )
-    left = make_swap(model, indices=[0]).report.left
+    left = make_forms(model, frozen=[0]).report.left
     assert left == {
         "encoder.block.0.layer.1.DenseReluDense.wo": "transformers keeps it in float32, and reads its weight"
     }
@@ -143,4 +136,4 @@ class Experts(nn.Module):
 def test_weights_that_no_layer_can_take_the_place_of_are_left(block, left):
     model = nn.Module()
     model.layers = nn.ModuleList([block()])
-    assert make_swap(model, indices=[0]).report.left == left
+    assert make_forms(model, frozen=[0]).report.left == left

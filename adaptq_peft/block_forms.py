@@ -1,0 +1,183 @@
+"""Brings the linears of the blocks into the form that an adapter needs: original where it adapts, else quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from .layer import AdaptQLayer, wrap_layer
+from .module_names import base_name, is_inside_a_wrapper
+from .quantization import (
+    LeaveReasons,
+    OriginalWeights,
+    QuantizationSettings,
+    check_bitsandbytes,
+    dequantize_linear,
+    fused_experts,
+    is_quantized,
+    origin_of,
+    quantize_linear,
+)
+from .selection import Block
+
+
+@dataclass
+class QuantizationReport:
+    """What happened to the linears and the fused expert weights of the blocks.
+
+    Args:
+        swapped: dotted names of the linears that were quantized.
+        restored: dotted names of the linears that were quantized already and got their original weights back.
+        left: dotted name of each linear or fused expert weight of a frozen block that was not quantized -> why.
+    """
+
+    swapped: list[str] = field(default_factory=list)
+    restored: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a new adapter wants the blocks to look like.
+
+    Args:
+        adapter_name: its name.
+        adapted: indices of the blocks that it adapts.
+        settings: how the linears of all other blocks are quantized; `None`: they are not.
+        original_weights: one of `ORIGINAL_WEIGHTS`.
+        is_excluded: whether the user excluded the layer with a dotted name.
+    """
+
+    adapter_name: str
+    adapted: Collection[int]
+    settings: QuantizationSettings | None
+    original_weights: str
+    is_excluded: Callable[[str], bool]
+
+
+class BlockForms:
+    """The linears of all blocks in the form that a new adapter wants, built beside the model.
+
+    A linear that the adapters on the model want in the same form is a plain or a quantized layer. One that they want
+    in different forms becomes an `AdaptQLayer` that holds both and runs the one of the active adapter.
+
+    Building is what can fail, so the model is not touched before `apply`, and `undo` takes that back.
+
+    Args:
+        model: the base model, with or without other adapters.
+        blocks: its blocks.
+        wishes: what the new adapter wants.
+        others: names of the adapters that are on the model already.
+
+    Raises:
+        ValueError: if a linear can't be quantized, or its original weights are needed and can't be had.
+    """
+
+    def __init__(self, model: nn.Module, blocks: list[Block], wishes: Wishes, others: list[str]) -> None:
+        self.report = QuantizationReport()
+        self._model = model
+        self._wishes = wishes
+        self._others = others
+        self._originals = OriginalWeights(model, wishes.original_weights)
+        self._replacements: dict[str, nn.Module] = {}
+        self._replaced: dict[str, nn.Module] = {}
+        self._quantized_copies: list[tuple[AdaptQLayer, nn.Module]] = []
+        reasons = None
+        if wishes.settings is not None:
+            check_bitsandbytes()
+            reasons = LeaveReasons(model, wishes.settings, wishes.is_excluded)
+        for block in tqdm(blocks, desc="Preparing blocks", unit="block", delay=2):
+            self._build(block, reasons)
+
+    def apply(self) -> None:
+        """Put the layers into the model."""
+        for name, module in self._replacements.items():
+            self._replaced[name] = self._model.get_submodule(name)
+            self._model.set_submodule(name, module)
+        for layer, quantized in self._quantized_copies:
+            layer.add_quantized(quantized, [self._wishes.adapter_name])
+
+    def undo(self) -> None:
+        """Take `apply` back. Layers that were wrapped since then must be unwrapped first."""
+        for layer, _ in self._quantized_copies:
+            layer.forget_quantized(self._wishes.adapter_name)
+        for name, module in self._replaced.items():
+            self._model.set_submodule(name, module)
+
+    def _build(self, block: Block, reasons: LeaveReasons | None) -> None:
+        frozen = reasons is not None and block.index not in self._wishes.adapted
+        if reasons is not None:
+            reasons.look_into(block)
+        if frozen:
+            self.report.left.update(fused_experts(block))
+        for name, module in _linears(block):
+            linear = module.base_layer if isinstance(module, AdaptQLayer) else module
+            reason = None if reasons is None else reasons.of(base_name(name), linear)
+            if frozen and reason:
+                self.report.left[base_name(name)] = reason
+            if frozen and not reason:
+                self._want_quantized(name, module, block)
+            elif is_quantized(module):
+                self._want_original(name, module)
+            elif self._wishes.original_weights == "dequantized" and not self._others and not reason:
+                self._replacements[name] = dequantize_linear(self._quantize(name, module, block))
+
+    def _want_quantized(self, name: str, module: nn.Module, block: Block) -> None:
+        if is_quantized(module):
+            return
+        if isinstance(module, AdaptQLayer):
+            quantized = module.adaptq_frozen or self._quantize(name, module.base_layer, block)
+            self._quantized_copies.append((module, quantized))
+            return
+        quantized = self._quantize(name, module, block)
+        self.report.swapped.append(name)
+        only = not self._others
+        self._replacements[name] = quantized if only else _both(module, quantized, [self._wishes.adapter_name])
+
+    def _want_original(self, name: str, quantized: nn.Module) -> None:
+        original = self._originals.restore(name, quantized)
+        self.report.restored.append(name)
+        self._replacements[name] = _both(original, quantized, self._others) if self._others else original
+
+    def _quantize(self, name: str, linear: nn.Module, block: Block) -> nn.Module:
+        settings = cast(QuantizationSettings, self._wishes.settings)
+        try:
+            quantized = quantize_linear(linear, settings)
+        except Exception as error:
+            raise ValueError(f"quantizing {name} of block {block.index} failed: {error}") from error
+        if self._wishes.original_weights == "keep":
+            quantized.adaptq_origin = replace(origin_of(quantized), kept=linear)  # type: ignore[assignment]
+        return quantized
+
+
+def quantize_blocks(
+    model: nn.Module,
+    blocks: list[Block],
+    settings: QuantizationSettings | None,
+    is_excluded: Callable[[str], bool] = lambda name: False,
+) -> QuantizationReport:
+    """Quantize the linears of blocks in place, without any adapter."""
+    forms = BlockForms(model, blocks, Wishes("", (), settings, "checkpoint", is_excluded), [])
+    forms.apply()
+    return forms.report
+
+
+def _both(original: nn.Module, quantized: nn.Module, adapters: list[str]) -> AdaptQLayer:
+    layer = wrap_layer(original)
+    layer.add_quantized(quantized, adapters)
+    return layer
+
+
+def _linears(block: Block) -> list[tuple[str, nn.Module]]:
+    """Each linear of a block by its dotted name: plain, quantized, or the layer that wraps it."""
+    found: list[tuple[str, nn.Module]] = []
+    for path, module in block.module.named_modules():
+        linear = module.base_layer if isinstance(module, AdaptQLayer) else module
+        if isinstance(linear, (nn.Linear, Conv1D)) and not is_inside_a_wrapper(path):
+            found.append((f"{block.name}.{path}", module))
+    return found

@@ -1,0 +1,114 @@
+"""Which linears and other weights of frozen blocks are left as they are, and why."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from ..module_names import base_name, is_of_an_adapter
+from ..selection import Block
+from .settings import QuantizationSettings
+
+#: `self.NAME.weight` in source code, used as a tensor. A packed 4-bit weight there breaks the forward pass.
+_READ_WEIGHT = re.compile(r"(?<!_\()\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|ndim)|\[)")
+
+
+class LeaveReasons:
+    """Tells why a linear of a model must not be quantized.
+
+    Args:
+        model: the model.
+        settings: how linears are quantized.
+        is_excluded: whether the user excluded the linear with a dotted name.
+    """
+
+    def __init__(self, model: nn.Module, settings: QuantizationSettings, is_excluded: Callable[[str], bool]) -> None:
+        self._settings = settings
+        self._is_excluded = is_excluded
+        self._use_counts = _parameter_use_counts(model)
+        self._kept_in_float32 = _kept_in_float32(model)
+        self._read_directly: dict[str, str] = {}
+
+    def look_into(self, block: Block) -> None:
+        """Read the source of a block's modules, before `of` is asked about its linears."""
+        self._read_directly.update(_weights_read_directly(block))
+
+    def of(self, name: str, linear: nn.Module) -> str | None:
+        """Why the linear with this dotted name is left; `None`: nothing speaks against quantizing it."""
+        if self._is_excluded(name):
+            return "named in exclude_modules or modules_to_save"
+        if any(name == skip or name.endswith(f".{skip}") for skip in self._settings.skip_modules):
+            return "named in llm_int8_skip_modules"
+        if self._kept_in_float32.intersection(name.split(".")):
+            return "transformers keeps it in float32, and reads its weight"
+        if self._use_counts.get(id(linear.weight), 0) > 1:
+            return "its weight is shared with another module"
+        if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            return "nn.MultiheadAttention reads its weight directly"
+        if name in self._read_directly:
+            return f"{self._read_directly[name]} reads its weight directly"
+        return None
+
+
+def fused_experts(block: Block) -> dict[str, str]:
+    """Parameters that stack matrices, as those of a mixture of experts, with their bytes: no layer to swap."""
+    found: dict[str, str] = {}
+    for path, module in block.module.named_modules():
+        if is_of_an_adapter(path) or isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and min(parameter.shape) > 1:
+                dotted = base_name(".".join(part for part in (block.name, path, name) if part))
+                found[dotted] = f"fused expert weights, not a linear; {parameter.nbytes} bytes stay as they are"
+    return found
+
+
+def _weights_read_directly(block: Block) -> dict[str, str]:
+    """Layers whose weight the module around them reads, as Mamba's mixer that of `dt_proj` -> its class."""
+    found: dict[str, str] = {}
+    for path, module in block.module.named_modules():
+        if is_of_an_adapter(path) or hasattr(module, "base_layer"):
+            continue
+        module_class: Any = type(module)
+        for child in _children_read_by(module_class):
+            found[base_name(".".join(part for part in (block.name, path, child) if part))] = module_class.__name__
+    return found
+
+
+@cache
+def _children_read_by(module_class: type[nn.Module]) -> frozenset[str]:
+    """Names in `self.name.weight` in the source of a class and those it inherits from, torch's own apart.
+
+    Not counted: `.weight.dtype` and the like, initialization, and slices, which Bloom takes to imitate tensor
+    parallelism.
+    """
+    found: set[str] = set()
+    for ancestor in module_class.__mro__:
+        if not ancestor.__module__.startswith(("torch.", "builtins")):
+            with suppress(OSError, TypeError):  # a class without a source file
+                found.update(_READ_WEIGHT.findall(inspect.getsource(ancestor)))
+    return frozenset(found)
+
+
+def _parameter_use_counts(model: nn.Module) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    return counts
+
+
+def _kept_in_float32(model: nn.Module) -> set[str]:
+    """Names of layers that transformers leaves in float32 in a 16-bit model, such as `wo` of T5."""
+    names: set[str] = set()
+    for module in model.modules():
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            # transformers empties the instance's attribute, not the class's, in some dtypes
+            names.update(vars(type(module)).get(attribute) or getattr(module, attribute, None) or ())
+    return names

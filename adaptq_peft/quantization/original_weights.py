@@ -1,0 +1,85 @@
+"""Gives a quantized linear its original weights back."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..module_names import base_name
+from .bitsandbytes_backend import (
+    dequantize_linear,
+    linear_from_tensors,
+    origin_of,
+    quantize_linear,
+    settings_of,
+)
+from .checkpoint_weights import CheckpointWeights, OriginalWeightsUnavailable
+
+#: Values of `AdaptQConfig.original_weights`.
+ORIGINAL_WEIGHTS = ("checkpoint", "keep", "dequantized")
+
+#: Quantizing the right weights again gives the same bytes; on another device a few ties may round the other way.
+MAX_DIFFERING_BYTES = 0.01
+
+
+class OriginalWeights:
+    """Where the original weights of quantized linears come from.
+
+    Those that were kept when they were quantized come first, then the safetensors checkpoint of the model.
+
+    Args:
+        model: the transformers model.
+        source: one of `ORIGINAL_WEIGHTS`. "dequantized" takes neither: the rounded weights become the originals.
+    """
+
+    def __init__(self, model: nn.Module, source: str) -> None:
+        self._source = source
+        self._checkpoint = CheckpointWeights(model)
+
+    def restore(self, name: str, quantized: nn.Module) -> nn.Module:
+        """A plain layer with the original weights of a quantized one, on the same device and in its original dtype.
+
+        Args:
+            name: dotted name of the layer in the model.
+            quantized: `Linear4bit` or `Linear8bitLt`; stays as it is.
+
+        Raises:
+            OriginalWeightsUnavailable: if they were not kept, and the checkpoint can't be read.
+            ValueError: if the weights of the checkpoint are not those that were quantized.
+        """
+        if self._source == "dequantized":
+            return dequantize_linear(quantized)
+        kept = origin_of(quantized).kept
+        if kept is not None:
+            return kept.to(_device(quantized)).train(quantized.training)
+        return self._from_checkpoint(base_name(name), quantized)
+
+    def _from_checkpoint(self, name: str, quantized: nn.Module) -> nn.Module:
+        origin, source = origin_of(quantized), cast(Any, quantized)
+        weight = self._checkpoint.read(f"{name}.weight").to(_device(quantized), origin.dtype)
+        linear = linear_from_tensors(origin.linear_class, weight, source.bias)
+        shape = weight.t().shape if origin.linear_class is Conv1D else weight.shape
+        if shape != (source.out_features, source.in_features) or not _quantizes_to(linear, quantized):
+            raise ValueError(
+                f"{name}.weight in the checkpoint is not what {name} of this model was quantized from. Load the model "
+                'from its own checkpoint, or use AdaptQConfig(original_weights="dequantized") to train on the rounded '
+                "weights."
+            )
+        return linear.train(quantized.training)
+
+
+def _device(quantized: Any) -> torch.device:
+    return quantized.weight.device
+
+
+def _quantizes_to(linear: nn.Module, quantized: nn.Module) -> bool:
+    again: Any = quantize_linear(linear, settings_of(quantized)).weight
+    before: Any = quantized.weight
+    differing = again.data.view(torch.uint8) != before.data.view(torch.uint8)
+    return bool(differing.float().mean() <= MAX_DIFFERING_BYTES)
+
+
+__all__ = ["ORIGINAL_WEIGHTS", "OriginalWeights", "OriginalWeightsUnavailable"]

@@ -1,0 +1,225 @@
+"""Adapters on different blocks of one quantized model: each sees the base as it was trained."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from support import logits, randomize
+
+from adaptq_peft import AdaptQConfig
+from adaptq_peft.layer import AdaptQLayer
+from adaptq_peft.quantization import is_quantized
+
+BLOCKS = {"first": [0, 1], "second": [1, 2], "third": [3]}
+
+
+def config(name, **fields):
+    fields = {"layers_to_transform": BLOCKS[name], "original_weights": "keep", **fields}
+    return AdaptQConfig(task_type="CAUSAL_LM", **fields)
+
+
+def alone(base, name, **fields):
+    model = get_peft_model(copy.deepcopy(base), config(name, **fields), adapter_name=name)
+    randomize(model, name, seed=len(name))
+    return model
+
+
+@pytest.fixture
+def base(model, tmp_path):
+    """A base with a checkpoint on disk, from which original weights can be read."""
+    model.save_pretrained(tmp_path / "base")
+    return type(model).from_pretrained(tmp_path / "base")
+
+
+@pytest.fixture
+def saved(base, tmp_path):
+    """A folder with each of the adapters, trained alone."""
+    for name in BLOCKS:
+        alone(base, name, original_weights="checkpoint").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def together(base, names, **fields):
+    model = get_peft_model(copy.deepcopy(base), config(names[0], **fields), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config(name, **fields))
+    for name in names:
+        randomize(model, name, seed=len(name))
+    return model
+
+
+def outputs(model, name, batch):
+    """Logits with an adapter, and with that adapter switched off."""
+    model.set_adapter(name)
+    with model.disable_adapter():
+        off = logits(model, batch)
+    return logits(model, batch), off
+
+
+def assert_as_alone(model, base, names, batch):
+    for name in names:
+        for found, expected in zip(outputs(model, name, batch), outputs(alone(base, name), name, batch), strict=True):
+            assert torch.equal(found, expected), name
+
+
+@pytest.mark.parametrize("source", ["keep", "checkpoint"])
+def test_each_adapter_is_as_it_is_alone_in_any_order(base, batch, source):
+    model = together(base, ["first", "second", "third"], original_weights=source)
+    assert_as_alone(model, base, ["first", "third", "second", "third", "first"], batch)
+
+
+def test_loaded_from_disk_and_reloaded(base, saved, batch):
+    model = PeftModel.from_pretrained(copy.deepcopy(base), saved / "first", adapter_name="first")
+    model.load_adapter(saved / "third", adapter_name="third")
+    model.load_adapter(saved / "second", adapter_name="second")
+    assert_as_alone(model, base, BLOCKS, batch)
+    model.delete_adapter("second")
+    model.load_adapter(saved / "second", adapter_name="second")
+    assert_as_alone(model, base, BLOCKS, batch)
+
+
+def test_what_is_saved_is_the_deltas_alone(base, saved, tmp_path, batch):
+    model = together(base, ["first", "second", "third"])
+    model.save_pretrained(tmp_path / "again")
+    for name in BLOCKS:
+        again, before = tmp_path / "again" / name, saved / name
+        file = "adapter_model.safetensors"
+        assert (again / file).read_bytes() == (before / file).read_bytes()
+
+
+def test_deleting_drops_what_only_the_deleted_adapter_needed(base, batch):
+    model = together(base, ["first", "second", "third"])
+    model.delete_adapter("second")
+    assert_as_alone(model, base, ["first", "third"], batch)
+    block = (base.config.model_type == "llama" and "model.layers.2") or "transformer.h.2"
+    linears = [m for m in model.base_model.model.get_submodule(block).modules() if is_quantized(m)]
+    assert linears
+    wrapped = [m for m in model.base_model.model.get_submodule(block).modules() if isinstance(m, AdaptQLayer)]
+    assert not any(layer.adaptq_frozen is not None for layer in wrapped)
+    model.delete_adapter("third")
+    assert_as_alone(model, base, ["first"], batch)
+
+
+def test_deleting_the_active_adapter_activates_another_one_everywhere(base, batch):
+    model = together(base, ["first", "third"])
+    model.set_adapter("first")
+    model.delete_adapter("first")
+    assert model.active_adapters == ["third"]
+    assert torch.equal(logits(model, batch), outputs(alone(base, "third"), "third", batch)[0])
+
+
+def test_training_one_adapter_gives_the_same_losses_as_alone(base, batch, train):
+    model = together(base, ["first", "second"])
+    model.set_adapter("second")
+    assert train(model, batch) == train(alone(base, "second"), batch)
+    assert torch.equal(outputs(model, "first", batch)[0], outputs(alone(base, "first"), "first", batch)[0])
+
+
+def test_an_adapter_without_quantization_beside_one_with(base, batch):
+    model = get_peft_model(copy.deepcopy(base), config("first"), adapter_name="first")
+    model.add_adapter("plain", AdaptQConfig(layers_to_transform=[2], quantization="none"))
+    model.set_adapter("plain")
+    assert torch.equal(logits(model, batch), logits(base, batch))
+    model.set_adapter("first")
+    untrained = get_peft_model(copy.deepcopy(base), config("first"), adapter_name="first")
+    assert torch.equal(logits(model, batch), logits(untrained, batch))
+
+
+def test_only_some_layers_of_a_block_adapted(base, batch):
+    """The other linears of the block are plain for one adapter and quantized for the other."""
+    target = "o_proj" if base.config.model_type == "llama" else "c_fc"
+    model = together(base, ["first", "third"], target_modules=[target])
+    for name in ("first", "third", "first"):
+        found, expected = outputs(model, name, batch), outputs(alone(base, name, target_modules=[target]), name, batch)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_a_batch_with_an_adapter_for_each_sample(base, batch):
+    model = together(base, ["first", "third"]).eval()
+    expected = {name: outputs(alone(base, name), name, batch)[0] for name in ("first", "third")}
+    model.set_adapter("first")
+    with torch.no_grad():
+        found = model(**batch, adapter_names=["first", "third", "third", "first"]).logits
+    rows = torch.stack([expected[name][i] for i, name in enumerate(["first", "third", "third", "first"])])
+    torch.testing.assert_close(found, rows, rtol=1e-4, atol=1e-5)
+
+
+def test_merging_one_of_several(base, batch):
+    for name in ("first", "third"):
+        model = together(base, ["first", "third"])
+        model.set_adapter(name)
+        expected = outputs(alone(base, name), name, batch)[0]
+        model.merge_adapter()
+        torch.testing.assert_close(logits(model, batch), expected, rtol=1e-4, atol=1e-5)
+        model.unmerge_adapter()
+        assert torch.equal(logits(model, batch), expected)
+        merged = model.merge_and_unload()
+        assert not any(is_quantized(m) or isinstance(m, AdaptQLayer) for m in merged.modules())
+        torch.testing.assert_close(logits(merged, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_combination_covers_the_blocks_of_both(base, batch):
+    model = together(base, ["first", "third"])
+    model.add_weighted_adapter(["first", "third"], [1.0, 1.0], "both")
+    assert model.peft_config["both"].layers_to_transform == [0, 1, 3]
+    model.set_adapter("both")
+    both = logits(model, batch)
+    expected = get_peft_model(copy.deepcopy(base), AdaptQConfig(layers_to_transform=[0, 1, 3]), adapter_name="both")
+    for layer, own in zip(expected.modules(), _layers_in_order(model, expected), strict=True):
+        if isinstance(layer, AdaptQLayer):
+            layer.adaptq_delta["both"].load_state_dict(own.adaptq_delta["both"].state_dict())
+    assert torch.equal(both, logits(expected, batch))
+    assert_as_alone(model, base, ["first", "third"], batch)
+
+
+def _layers_in_order(model, expected):
+    return [
+        model.get_submodule(name) if isinstance(module, AdaptQLayer) else None
+        for name, module in expected.named_modules()
+    ]
+
+
+def test_without_originals_at_hand_it_is_refused_and_nothing_changes(model, batch):
+    wrapped = get_peft_model(model, AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[2, 3]))
+    randomize(wrapped)
+    expected, names = logits(wrapped, batch), list(wrapped.state_dict())
+    with pytest.raises(ValueError, match=r"can't be read from a checkpoint: it was built in memory"):
+        wrapped.add_adapter("second", AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[1]))
+    assert list(wrapped.peft_config) == ["default"]
+    assert list(wrapped.state_dict()) == names
+    assert torch.equal(logits(wrapped, batch), expected)
+
+
+def test_a_failure_in_the_middle_takes_both_forms_back(base, batch, monkeypatch):
+    model = together(base, ["first", "third"])
+    expected = {name: outputs(model, name, batch)[0] for name in ("first", "third")}
+    names, modules = list(model.state_dict()), [type(module) for module in model.modules()]
+    update, calls = AdaptQLayer.update_layer, []
+
+    def fail(self, *args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise MemoryError("no memory")
+        update(self, *args)
+
+    monkeypatch.setattr(AdaptQLayer, "update_layer", fail)
+    with pytest.raises(MemoryError, match="no memory"):
+        model.add_adapter("second", config("second"))
+    assert list(model.state_dict()) == names
+    assert [type(module) for module in model.modules()] == modules
+    for name, output in expected.items():
+        assert torch.equal(outputs(model, name, batch)[0], output)
+
+
+def test_other_settings_are_refused(base):
+    model = together(base, ["first"])
+    with pytest.raises(ValueError, match="wants its frozen blocks in fp4 with nested absmax, and adapter 'first' on"):
+        model.add_adapter("second", config("second", quantization="fp4"))
+    with pytest.raises(ValueError, match="has original_weights='dequantized', and adapter 'first' on this model has"):
+        model.add_adapter("second", config("second", original_weights="dequantized"))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"Adapters are merged into \d+ layers of this model, so a new one would"):
+        model.add_adapter("second", config("second"))

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from support import logits, randomize
+
+from adaptq_peft import AdaptQConfig
+from adaptq_peft.layer import AdaptQLayer
+from adaptq_peft.quantization import is_quantized
+
+
+def config(**fields):
+    return AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[3], **fields)
+
+
+def is_plain(model):
+    return not any(is_quantized(module) or isinstance(module, AdaptQLayer) for module in model.modules())
+
+
+def test_unload_gives_back_originals_that_were_kept(model, batch, recwarn):
+    expected = logits(model, batch)
+    wrapped = get_peft_model(model, config(original_weights="keep"))
+    randomize(wrapped)
+    recwarn.clear()
+    unloaded = wrapped.unload()
+    assert is_plain(unloaded)
+    assert torch.equal(logits(unloaded, batch), expected)
+    assert not recwarn.list
+
+
+def test_unload_reads_originals_from_the_checkpoint(model, batch, tmp_path, recwarn):
+    model.save_pretrained(tmp_path)
+    base = type(model).from_pretrained(tmp_path)
+    wrapped = get_peft_model(base, config())
+    recwarn.clear()
+    assert torch.equal(logits(wrapped.unload(), batch), logits(model, batch))
+    assert not recwarn.list
+
+
+def test_unload_says_when_originals_are_gone(model, batch):
+    wrapped = get_peft_model(model, config())
+    start = logits(wrapped, batch)
+    randomize(wrapped)
+    with pytest.warns(UserWarning, match=r"original weights of \d+ quantized linears can't be had, so the unloaded"):
+        unloaded = wrapped.unload()
+    assert is_plain(unloaded)
+    torch.testing.assert_close(logits(unloaded, batch), start, rtol=1e-4, atol=1e-5)
+
+
+def test_merging_with_the_original_frozen_blocks(model, batch):
+    plain = copy.deepcopy(model)
+    wrapped = get_peft_model(model, config(original_weights="keep"))
+    unquantized = get_peft_model(plain, config(quantization="none"))
+    for found in (wrapped, unquantized):
+        randomize(found)
+    merged = wrapped.merge_and_unload(frozen="original")
+    assert is_plain(merged)
+    torch.testing.assert_close(logits(merged, batch), logits(unquantized, batch), rtol=1e-4, atol=1e-5)
+
+
+def test_originals_that_are_gone_are_an_error_before_anything_changes(llama, batch):
+    wrapped = get_peft_model(llama, config())
+    randomize(wrapped)
+    expected = logits(wrapped, batch)
+    with pytest.raises(ValueError, match="it was built in memory"):
+        wrapped.merge_and_unload(frozen="original")
+    assert torch.equal(logits(wrapped, batch), expected)
+
+
+def test_frozen_blocks_can_stay_quantized(llama, batch):
+    wrapped = get_peft_model(llama, config())
+    randomize(wrapped)
+    expected = logits(wrapped, batch)
+    merged = wrapped.merge_and_unload(frozen="quantized")
+    assert sum(is_quantized(module) for module in merged.modules()) == 21
+    torch.testing.assert_close(logits(merged, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_unknown_form(llama):
+    with pytest.raises(ValueError, match=r"frozen is 'plain'; allowed: None or one of \['dequantized', 'original',"):
+        get_peft_model(llama, config()).merge_and_unload(frozen="plain")
