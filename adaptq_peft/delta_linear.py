@@ -77,7 +77,9 @@ class _DeltaLinear(torch.autograd.Function):
         *deltas: torch.Tensor,
     ) -> torch.Tensor:
         weight = _merged_weight(base_weight, deltas, scales, x.dtype)
-        return F.linear(x, weight.t() if transposed else weight, bias)
+        output = F.linear(x, weight.t() if transposed else weight, bias)
+        # F.linear may return a view, and autograd forbids changing a view that was made in here, as DeBERTa does.
+        return torch.ops.aten._unsafe_view(output, output.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -46,6 +46,19 @@ def test_gradcheck_in_float64(transposed):
     assert torch.autograd.gradgradcheck(function, (x, bias, delta))
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_output_may_be_changed_in_place(with_bias):
+    """As DeBERTa does with the output of its position projections."""
+    x, weight, bias, deltas, scales = tensors()
+    leaves = [x, bias, *deltas] if with_bias else [x, *deltas]
+    gradients = []
+    for linear in (delta_linear, plain):
+        output = linear(x, weight, bias if with_bias else None, deltas, scales, transposed=False)
+        output /= 3.0
+        gradients.append(torch.autograd.grad((output**2).sum(), leaves))
+    torch.testing.assert_close(*gradients)
+
+
 def test_only_needed_gradients_are_computed():
     x, weight, _, (delta,), scales = tensors()
     delta_linear(x.detach(), weight, None, [delta], scales).sum().backward()
