@@ -24,12 +24,30 @@ class Delta(nn.Module):
     """
 
     def __init__(self, differences: dict[str, torch.Tensor]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # by name: LinearDelta must not draw random weights in that of nn.Linear
         for name, difference in differences.items():
             self.register_parameter(name, nn.Parameter(difference))
 
+    def reset_parameters(self) -> None:
+        """Set all differences to zero."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
     def forward(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError("a Delta only holds parameters; call the layer that owns it")
+
+
+class LinearDelta(Delta, nn.Linear):  # type: ignore[misc]  # a forward that only raises
+    """The `Delta` of an `nn.Linear`, an `nn.Linear` itself: GaLore and APOLLO project the weights of no other modules.
+
+    transformers collects these modules by `TrainingArguments.optim_target_modules`.
+    """
+
+    def __init__(self, differences: dict[str, torch.Tensor]) -> None:
+        super().__init__(differences)
+        self.out_features, self.in_features = differences["weight"].shape
+        if "bias" not in differences:
+            self.register_parameter("bias", None)
 
 
 class AdaptQLayer(nn.Module, BaseTunerLayer):
@@ -71,7 +89,8 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
         if not config.init_weights:
             for difference in differences.values():
                 nn.init.normal_(difference, std=0.02)
-        self.adaptq_delta[adapter_name] = Delta(differences)
+        is_linear = isinstance(self.base_layer, nn.Linear) and "weight" in differences
+        self.adaptq_delta[adapter_name] = LinearDelta(differences) if is_linear else Delta(differences)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def remove_adapter(self, adapter_name: str) -> None:

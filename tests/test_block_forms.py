@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from adaptq_peft import block_forms
+from adaptq_peft import AdaptQConfig, block_forms
 from adaptq_peft.block_forms import BlockForms, Wishes
+from adaptq_peft.layer import Delta
 from adaptq_peft.quantization import is_quantized, resolve_quantization
 from adaptq_peft.selection import find_blocks
 
@@ -36,6 +38,12 @@ def test_no_settings_swaps_nothing(llama):
     forms = make_forms(llama, settings=None)
     forms.apply()
     assert forms.report.swapped == []
+
+
+def test_deltas_of_another_adapter_are_not_swapped(llama):
+    get_peft_model(llama, AdaptQConfig(layers_to_transform=[0], quantization="none"))
+    make_forms(llama, others=["default"]).apply()
+    assert not any(is_quantized(module) for module in llama.modules() if isinstance(module, Delta))
 
 
 def test_what_is_left_is_reported(llama):

@@ -203,10 +203,40 @@ def test_the_name_in_print_outs_starts_with_adaptq():
     assert repr(make_layer(nn.Linear(8, 6))).startswith("adaptq.AdaptQLinear(")
 
 
-def test_a_delta_cannot_be_called():
-    layer = make_layer(nn.Linear(8, 6))
+def test_a_delta_cannot_be_called(base):
+    layer = make_layer(base)
     with pytest.raises(RuntimeError, match="only holds parameters; call the layer that owns it"):
-        layer.adaptq_delta["default"](torch.randn(2, 8))
+        layer.adaptq_delta["default"](make_input(base))
+
+
+def test_the_delta_of_a_linear_is_a_linear_and_no_other_is(base):
+    """GaLore and APOLLO look for `nn.Linear`; so do collectors of layers, which must find nothing else."""
+    delta = make_layer(base).adaptq_delta["default"]
+    assert isinstance(delta, nn.Linear) == isinstance(base, nn.Linear)
+    if isinstance(base, nn.Linear):
+        assert repr(delta) == f"LinearDelta({base.extra_repr()})"
+
+
+def test_making_a_delta_draws_no_random_numbers(base):
+    state = torch.get_rng_state()
+    create_layer(base, "default", AdaptQConfig())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_delta_starts_at_zero_also_where_fsdp_makes_it_anew(base):
+    """FSDP calls `reset_parameters` on what it moves from the meta device."""
+    layer = make_layer(base)
+    randomize(layer)
+    layer.adaptq_delta["default"].reset_parameters()
+    assert not any(parameter.any() for parameter in layer.adaptq_delta["default"].parameters())
+
+
+def test_a_delta_on_the_meta_device():
+    with torch.device("meta"):
+        base = nn.Linear(8, 6, bias=False)
+    layer = make_layer(base)
+    assert layer.adaptq_delta["default"].weight.is_meta
+    assert layer.adaptq_delta["default"].bias is None
 
 
 def test_each_sample_of_a_batch_through_its_own_adapter():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import signal
 import subprocess
@@ -17,11 +18,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from adaptq_peft import AdaptQConfig
 
 SCRIPT = Path(__file__).with_name("killed_run.py")
-GALORE_SKIPS_DELTAS = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="GaLore takes nn.Linear modules: it finds the frozen base layers, and leaves the deltas to plain AdamW",
-)
 build = runpy.run_path(str(SCRIPT))["build"]
 
 
@@ -31,10 +27,6 @@ def curve(trainer, key="loss"):
 
 def trained(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def trained_parameters(model):
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def same(left, right):
@@ -181,22 +173,6 @@ class TestSettings:
         assert states
         assert set(states.values()) == {torch.uint8}  # bitsandbytes keeps smaller ones in float32
 
-    @GALORE_SKIPS_DELTAS
-    def test_galore_projects_the_deltas(self, make_model, samples, run):
-        pytest.importorskip("galore_torch")
-        trainer = run(
-            wrap(make_model(), samples),
-            optim="galore_adamw",
-            optim_target_modules="all-linear",
-            optim_args="rank=4",
-            learning_rate=1e-2,
-        )
-        assert curve(trainer)[-1] < curve(trainer)[0]
-        state = trainer.optimizer.state
-        matrices = [p for p in trained_parameters(trainer.model) if p.dim() == 2]
-        assert matrices
-        assert all(4 in state[p]["exp_avg"].shape for p in matrices)
-
     def test_every_delta_has_a_gradient_after_an_evaluation(self, model, samples, run):
         missing = []
 
@@ -214,6 +190,50 @@ class TestSettings:
         run(wrapped, gradient_checkpointing=True, weight_decay=0.1)
         after = {n: p.detach() for n, p in wrapped.named_parameters() if not p.requires_grad}
         assert same(before, after)
+
+
+GALORE = {"optim": "galore_adamw", "optim_args": "rank=4, update_proj_gap=2", "learning_rate": 1e-2}
+
+
+class TestGaLore:
+    """`optim_target_modules` takes what a script for full fine-tuning gives: names that are part of a module's."""
+
+    @staticmethod
+    def projected(trainer):
+        """Names of the trained parameters whose state is that of the projected gradient, of rank 4."""
+        states = {id(p): state for p, state in trainer.optimizer.state.items()}
+        trained = {name: states[id(p)] for name, p in trainer.model.named_parameters() if p.requires_grad}
+        found = {name for name, state in trained.items() if "projector" in state}
+        assert all(4 in trained[name]["exp_avg"].shape for name in found)
+        return found
+
+    @pytest.mark.parametrize(
+        ("targets", "pattern"),
+        [
+            ("all-linear", r"_proj\.adaptq"),
+            (["mlp"], r"(gate|up|down)_proj\.adaptq"),
+            (["q_proj"], r"q_proj\.adaptq"),
+            (r".*\.q_proj\.adaptq_delta\.default", r"q_proj\.adaptq"),
+        ],
+    )
+    def test_the_deltas_of_the_target_modules_are_projected(self, make_model, samples, run, targets, pattern):
+        pytest.importorskip("galore_torch")
+        trainer = run(wrap(make_model(), samples), optim_target_modules=targets, **GALORE)
+        assert curve(trainer)[-1] < curve(trainer)[0]
+        expected = {name for name in trained(trainer.model) if re.search(pattern, name)}
+        assert expected
+        assert self.projected(trainer) == expected
+
+    def test_a_resumed_run_goes_on(self, tmp_path, make_model, samples, run):
+        galore_projector = pytest.importorskip("galore_torch.galore_projector")
+        settings = {**GALORE, "optim_target_modules": "all-linear", "save_strategy": "steps", "save_steps": 2}
+        whole = run(wrap(make_model(), samples), **settings)
+        resumed = Trainer(wrap(make_model(), samples), whole.args, train_dataset=whole.train_dataset)
+        # The saved state holds an object of GaLore's, which transformers' loader of checkpoints must be told to allow.
+        with torch.serialization.safe_globals([galore_projector.GaLoreProjector]):
+            resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+        assert curve(resumed) == curve(whole)
+        assert same(trained(resumed.model), trained(whole.model))
 
 
 @pytest.mark.parametrize("make_config", [LoraConfig, AdaptQConfig], ids=lambda config: config.__name__)
