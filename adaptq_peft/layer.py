@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -269,7 +270,7 @@ class AdaptQLinear(AdaptQLayer):
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
         output = delta_linear(
-            args[0].to(dtype),
+            args[0].to(weight.device, dtype),  # the device: a hook of accelerate would move it
             weight,
             None if bias is None else self._adapted("bias", bias, adapters, dtype),
             self._deltas("weight", adapters),
@@ -286,13 +287,15 @@ def _rows(value: Any, rows: list[int], size: int) -> Any:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its forward: the fused path would skip it."""
+    """Whether a call of the module does more than its forward and moving its input: the fused path would skip it."""
+    hook = getattr(module, "_hf_hook", None)
+    moves_input_only = isinstance(hook, AlignDevicesHook) and not hook.offload and not hook.io_same_device
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or hasattr(module, "_hf_hook")
+        or (hook is not None and not moves_input_only)
     )
 
 
