@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import cast
 
+from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -147,10 +148,11 @@ class BlockForms:
     def _quantize(self, name: str, linear: nn.Module, block: Block) -> nn.Module:
         settings = cast(QuantizationSettings, self._wishes.settings)
         try:
-            quantized = quantize_linear(linear, settings)
+            with align_module_device(linear):  # one that accelerate has offloaded stays on its device then
+                quantized = quantize_linear(linear, settings)
         except Exception as error:
             raise ValueError(f"quantizing {name} of block {block.index} failed: {error}") from error
-        if self._wishes.original_weights == "keep":
+        if self._wishes.original_weights == "keep" and not has_offloaded_params(linear):
             quantized.adaptq_origin = replace(origin_of(quantized), kept=linear)  # type: ignore[assignment]
         return quantized
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .module_names import base_name
+from .offloading import parameter_value
 from .selection import Block
 
 MAX_TENSORS = 64
@@ -21,7 +22,7 @@ DTYPE_TOLERANCE = 2.0**-7
 _OF_ADAPTERS = ("adaptq_", "trainable_tokens_", "modules_to_save")
 
 
-def fingerprint_base(model: nn.Module, blocks: list[Block], adapted: Collection[int]) -> dict[str, Any]:
+def fingerprint_base(model: nn.Module, blocks: list[Block], adapted: Collection[int]) -> dict[str, Any] | None:
     """A JSON-able description of a base model: names, shapes and a sample of its values.
 
     Linears of frozen blocks are left out, so it is the same before and after they are quantized, and so is all outside
@@ -34,7 +35,7 @@ def fingerprint_base(model: nn.Module, blocks: list[Block], adapted: Collection[
 
     Returns:
         `name_or_path`, `model_type`, `num_blocks`, `dtype` and `samples`: {tensor name: "shape: values"}, each value
-        as the hexadecimal digits of a float32.
+        as the hexadecimal digits of a float32. `None` for a model on the meta device, which has no values.
     """
     skipped = {
         base_name(f"{block.name}.{name}")
@@ -46,19 +47,22 @@ def fingerprint_base(model: nn.Module, blocks: list[Block], adapted: Collection[
     # Only what is inside the blocks: a head, a pooler or rows for new tokens may be random in each process.
     inside = tuple(f"{base_name(block.name)}." for block in blocks) or ("",)
     tensors = {
-        name: parameter
-        for name, parameter in _base_parameters(model)
+        name: full_name
+        for name, full_name in _base_parameters(model)
         if name.startswith(inside) and name.rpartition(".")[0] not in skipped
     }
     names = list(tensors)
     chosen = names if len(names) <= MAX_TENSORS else [names[i * len(names) // MAX_TENSORS] for i in range(MAX_TENSORS)]
+    samples = {name: _sample(parameter_value(model, tensors[name])) for name in chosen}
+    if None in samples.values():
+        return None
     config = getattr(model, "config", None)
     return {
         "name_or_path": getattr(model, "name_or_path", None) or None,
         "model_type": getattr(config, "model_type", None) or type(model).__name__,
         "num_blocks": len(blocks),
-        "dtype": str(tensors[names[0]].dtype).removeprefix("torch.") if names else None,
-        "samples": {name: _sample(tensors[name]) for name in chosen},
+        "dtype": str(model.get_parameter(tensors[names[0]]).dtype).removeprefix("torch.") if names else None,
+        "samples": samples,
     }
 
 
@@ -108,18 +112,20 @@ def _describe(fingerprint: dict[str, Any]) -> str:
     return f"{name!r} ({fingerprint['model_type']})" if name else f"without a name ({fingerprint['model_type']})"
 
 
-def _base_parameters(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Parameters of the base under their original names, without those of adapters."""
-    own: list[tuple[str, torch.Tensor]] = []
-    for name, parameter in model.named_parameters():
+def _base_parameters(model: nn.Module) -> list[tuple[str, str]]:
+    """Names of the parameters of the base, without those of adapters: the original one, and the one in the model."""
+    own: list[tuple[str, str]] = []
+    for name, _ in model.named_parameters():
         parts = name.split(".")
         if any(part.startswith(_OF_ADAPTERS) for part in parts):
             continue
-        own.append((base_name(name), parameter))
+        own.append((base_name(name), name))
     return own
 
 
-def _sample(tensor: torch.Tensor) -> str:
+def _sample(tensor: torch.Tensor) -> str | None:
+    if tensor.is_meta:
+        return None
     flat = tensor.detach().flatten()
     count = min(VALUES_PER_TENSOR, len(flat))
     values = flat[[(2 * i + 1) * len(flat) // (2 * count) for i in range(count)]].float().tolist() if count else []

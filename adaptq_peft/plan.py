@@ -12,6 +12,7 @@ from torch import nn
 
 from .config import AdaptQConfig
 from .layer import AdaptQLayer
+from .offloading import check_weights_reachable
 from .quantization import is_quantized, quantization_on_arrival, resolve_quantization
 from .selection import (
     ActivationProfile,
@@ -58,6 +59,7 @@ def make_plan(model: nn.Module, config: AdaptQConfig, others: Mapping[str, Adapt
         ValueError: if no blocks are found, K or an index is out of range, activations are not finite, a layer can't
             get deltas, or the other adapters want the base in another form.
     """
+    check_weights_reachable(model)
     blocks = _blocks_or_none(model, config)
     adapted, profile = _select(model, blocks, config) if blocks else ([], None)
     targets = find_targets(model, [blocks[index] for index in adapted] if blocks else None, config)

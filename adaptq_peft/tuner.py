@@ -20,6 +20,7 @@ from .fingerprint import check_base, fingerprint_base
 from .frozen_prefix import FrozenPrefix
 from .layer import AdaptQLayer, create_layer
 from .mixed_batch import mixed_batch
+from .offloading import kept_on_device
 from .plan import AdapterPlan, make_plan
 from .quantization import keep_gradients_on_cpu, resolve_quantization, skip_when_quantizing
 from .targets import is_excluded, match_by_peft
@@ -66,12 +67,13 @@ class AdaptQTuner(BaseTuner):
         with self._undo_on_error(model, adapter_name, forms):
             forms.apply()
             fingerprint = fingerprint_base(model, plan.blocks, plan.adapted)
-            if config.base_fingerprint is not None:
+            if config.base_fingerprint is not None and fingerprint is not None:
                 check_base(config.base_fingerprint, fingerprint)
             self._targets = plan.targets
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self._update_nested_layers(model, adapter_name, config)
-        config.base_fingerprint = fingerprint
+            with kept_on_device(model, plan.targets):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                self._update_nested_layers(model, adapter_name, config)
+        config.base_fingerprint = fingerprint or config.base_fingerprint
         self._finish(model, config, plan, forms.report)
 
     def _update_nested_layers(self, model: nn.Module, adapter_name: str, config: AdaptQConfig) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..evaluation_mode import evaluation_mode
+from ..offloading import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -143,7 +144,7 @@ def _batches(windows: list[Tensor], batch_size: int) -> Iterator[Tensor]:
 
 def _batch_nll(model: nn.Module, tokens: Tensor) -> float:
     """Summed negative log likelihood in nats of tokens[:, 1:], given those before; tokens is [batch, positions]."""
-    tokens = tokens.to(next(model.parameters()).device)
+    tokens = tokens.to(input_device(model))
     logits = model(input_ids=tokens).logits[:, :-1].flatten(0, 1)
     targets = tokens[:, 1:].flatten()
     parts = zip(logits.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)

@@ -53,7 +53,10 @@ def quantize_linear(linear: nn.Module, settings: QuantizationSettings) -> nn.Mod
     """
     weight: torch.Tensor = linear.weight.data  # type: ignore[assignment]
     if weight.device.type == "meta":
-        raise ValueError("a weight on the meta device has no values to quantize; load the model first")
+        raise ValueError(
+            "its weight is on the meta device and has no values to quantize. Load the weights first, or use "
+            'quantization="none"'
+        )
     if not weight.is_floating_point():
         raise ValueError(f"weight has dtype {weight.dtype}; only floating point weights can be quantized")
     if isinstance(linear, Conv1D):

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
 from ..evaluation_mode import evaluation_mode
+from ..offloading import input_device
 
 Batch = dict[str, Any]
 
@@ -101,7 +102,7 @@ def write_calibration_samples(model: nn.Module, count: int, length: int, seed: i
             "calibration_data, for instance 50 to 100 texts of your domain."
         )
     start = start[0] if isinstance(start, list) else start
-    device = next(model.parameters()).device
+    device = input_device(model)
     prompt = torch.full((count, 1), start, dtype=torch.long, device=device)
     random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with evaluation_mode(model), torch.no_grad(), random_state:

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..evaluation_mode import evaluation_mode
+from ..offloading import input_device
 from .blocks import Block, find_blocks
 from .calibration import Batch, batch_sample_count, calibration_batches
 
@@ -67,9 +68,15 @@ def profile_activations(
         layers_pattern: name of the list of blocks, where it can't be found.
 
     Raises:
-        ValueError: if no blocks are found, the data is empty or in an unknown form, or activations are not finite.
+        ValueError: if no blocks are found, the model is on the meta device, the data is empty or in an unknown form,
+            or activations are not finite.
     """
     blocks = find_blocks(model, layers_pattern)
+    if input_device(model).type == "meta":
+        raise ValueError(
+            f"{type(model).__name__} is on the meta device and has no weights to profile. Load them first, or give "
+            "layers_to_transform or a profile made before."
+        )
     if data is None:
         warnings.warn(
             "No calibration data: the model writes its own text to profile. Domain data selects better; pass "
@@ -166,7 +173,7 @@ class _RunningSums:
 
 
 def _profile_batches(model: nn.Module, blocks: list[Block], batches: list[Batch]) -> _RunningSums:
-    device = next(model.parameters()).device
+    device = input_device(model)
     sums = _RunningSums(blocks)
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     progress = tqdm(batches, desc="Profiling activations", unit="batch", delay=2)
