@@ -94,11 +94,12 @@ def _variants(task_type: str) -> dict[str, dict[str, Any]]:
     """What is adapted and how the rest is stored: each on every model."""
     return {
         "plain": {"task_type": task_type, "layers_to_transform": [0], "quantization": "none"},
-        "nf4": {"task_type": task_type, "layers_to_transform": [1]},
+        "nf4": {"task_type": task_type, "layers_to_transform": [1], "original_weights": "keep"},
         "int8-linears": {
             "task_type": task_type,
             "layers_to_transform": [0],
             "quantization": "int8",
+            "original_weights": "keep",
             "target_modules": "all-linear",
         },
     }
@@ -106,7 +107,7 @@ def _variants(task_type: str) -> dict[str, dict[str, Any]]:
 
 def _profiled(task_type: str) -> dict[str, Any]:
     """The defaults of AdaptQConfig, but for a calibration that takes milliseconds: nf4, blocks chosen by a profile."""
-    return {"task_type": task_type, "calibration_samples": 2, "calibration_max_length": 4}
+    return {"task_type": task_type, "calibration_samples": 2, "calibration_max_length": 4, "original_weights": "keep"}
 
 
 def _configs(variants: dict[str, dict[str, Any]]) -> Values:
@@ -157,7 +158,9 @@ CASES: dict[tuple[str, tuple[str, ...]], Callable[[], Values]] = {
         ("test_name", "tuner_method", "config_cls", "config_kwargs_1", "config_kwargs_2"),
     ): lambda: MULTIPLE_ACTIVE,
     ("test_custom_models", ("config_cls",)): lambda: _rows(
-        (AdaptQConfig,), (functools.partial(AdaptQConfig, quantization="none"),), ids=["nf4", "plain"]
+        (functools.partial(AdaptQConfig, original_weights="keep"),),
+        (functools.partial(AdaptQConfig, quantization="none"),),
+        ids=["nf4", "plain"],
     ),
     ("test_custom_models", ("config0",)): lambda: _rows((AdaptQConfig(**_LIN0),), ids=["adaptq"]),
     ("test_custom_models", ("test_name", "config0", "config1")): lambda: _mixed("mixed", ["lin0"], ["lin0"]),

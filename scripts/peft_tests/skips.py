@@ -42,28 +42,17 @@ INPUT_GRADS = (
     "expects the embeddings' output to require gradients; ADAPTQ marks the input of the lowest trained block instead, "
     "so that the blocks below run without autograd"
 )
-ORIGINALS = "compares with the base model to 1e-4: the frozen blocks come back dequantized, their originals are gone"
 QUANTIZED_BASE = "compares with the base model to 1e-6: with the adapter off, the base is the quantized one"
 PACKED = "compares with the base's state dict: quantized weights are packed and have their scales beside them"
 INT8_MERGE = "compares to 1e-4: LLM.int8() rounds activations too, and the dequantized blocks of a merged model don't"
 T5_BIAS = (
     "block 0 of T5 holds the relative position bias, one for the whole batch: no adapter a sample can apply to it"
 )
-OTHER_BLOCKS = "two adapters on different blocks of one quantized model: refused with a clear error in this version"
 QUANTIZED = ("nf4", "int8-linears", "profiled")  #: ids of the cases with quantized blocks
 ACCELERATOR = "needs a GPU"
 SHARED_STATE = "about tuners with state shared between layers; ADAPTQ has none"
 
 _ROWS: tuple[Skip, ...] = (
-    *(
-        Skip("test_custom_models", test, OTHER_BLOCKS, case="nf4")
-        for test in (
-            "test_set_adapter_non_overlapping_modules",
-            "test_set_requires_grad",
-            "test_multiple_active_adapters_with_different_modules_to_save_works",
-            "test_multiple_active_adapters_with_overlapping_modules_to_save_raises",
-        )
-    ),
     Skip("*", "test_prompt_tuning_*", PROMPT),
     Skip("*", "test_training_prompt_learning_tasks", PROMPT),
     Skip("*", "test_set_requires_grad_prompt_learning_raises", PROMPT),
@@ -95,7 +84,6 @@ _ROWS: tuple[Skip, ...] = (
     ),
     Skip("test_custom_models", "test_mixed_adapter_batches_mha_raises", "expects an error of LoRA's attention layer"),
     Skip("*", "test_prepare_for_training_parametrized", INPUT_GRADS),
-    *(Skip("*", "test_unload_adapter", ORIGINALS, case=f"{case}-*") for case in QUANTIZED),
     *(Skip("*", "test_disable_adapter", QUANTIZED_BASE, case=f"{case}-*") for case in QUANTIZED),
     *(Skip("*", "test_get_base_model_state_dict", PACKED, case=f"{case}-*") for case in QUANTIZED),
     Skip("*", "test_merge_layers*", INT8_MERGE, case="int8-linears-*"),
