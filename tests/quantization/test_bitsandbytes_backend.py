@@ -109,7 +109,7 @@ def test_training_and_evaluation_mode_give_the_same_output():
 
 def test_weights_that_cannot_be_quantized():
     settings = resolve_quantization("nf4")
-    with pytest.raises(ValueError, match="weight is on the meta device and has no values to quantize. Load the weights first"):
+    with pytest.raises(ValueError, match="weight is on the meta device and has no values to quantize"):
         backend.quantize_linear(nn.Linear(64, 64, device="meta"), settings)
     quantized = backend.quantize_linear(make_linear(), settings)
     with pytest.raises(ValueError, match=r"weight has dtype torch\.uint8; only floating point weights"):
