@@ -128,11 +128,21 @@ QUOTES = ("be yourself , everyone else is taken", "so many books , so little tim
 def build_hub(cache: Path) -> None:
     """Write all of it into `cache`, laid out as `huggingface_hub` lays out what it has downloaded."""
     transformers.utils.logging.disable_progress_bar()
-    for repo_id, (model_class, config_class, changes) in MODELS.items():
-        _add(cache, repo_id, "main", _random_model(model_class, config_class, changes).save_pretrained)
+    for repo_id, model in MODELS.items():
+        add_model(cache, repo_id, *model)
     repo_id, revision, config = _LORA_CONFIG
     _add(cache, repo_id, revision, lambda path: (path / "adapter_config.json").write_text(json.dumps(config)))
-    _tokenizer().save_pretrained(_snapshot(cache, TOKENIZER_ID))
+    add_tokenizer(cache, TOKENIZER_ID)
+
+
+def add_model(cache: Path, repo_id: str, model_class: str, config_class: str, changes: dict[str, Any]) -> None:
+    """Write a model with random weights into `cache`: a row of `MODELS`."""
+    _add(cache, repo_id, "main", _random_model(model_class, config_class, changes).save_pretrained)
+
+
+def add_tokenizer(cache: Path, repo_id: str) -> None:
+    """Write a tokenizer that knows the words of `QUOTES` beside a model that `add_model` has written."""
+    _tokenizer().save_pretrained(_snapshot(cache, repo_id))
 
 
 def _random_model(model_class: str, config_class: str, changes: dict[str, Any]) -> PreTrainedModel:
