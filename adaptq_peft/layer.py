@@ -64,6 +64,11 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("adaptq_delta",)
     other_param_names = ("scaling", "quantized_for")
 
+    #: Whether the module around the layer reads `weight` or `bias` of it. Set by the tuner, which knows that module.
+    read_directly = False
+    #: Whether each sample of the batch that is running has an adapter of its own; then there is no one weight to read.
+    in_mixed_batch = False
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -166,6 +171,31 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
 
     def _applied_adapters(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.adaptq_delta]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight of the base layer, or W0 + s * delta, made anew at each read, where it is read to compute with.
+
+        Not everywhere, because models also read `weight.dtype` and the like, for which no sum should be formed.
+        """
+        return self._read("weight")
+
+    @property
+    def bias(self) -> torch.Tensor:
+        """As `weight`."""
+        return self._read("bias")
+
+    def _read(self, name: str) -> torch.Tensor:
+        base = getattr(self.base_layer, name)
+        if not self.read_directly or self.disable_adapters or self.merged or name not in self._parameter_names:
+            return base
+        if self.in_mixed_batch:
+            raise ValueError(
+                f"`adapter_names` can't be used here: the module around a {type(self.base_layer).__name__} reads its "
+                f"{name}, which is one for all samples. Run the samples of each adapter as a batch of their own."
+            )
+        adapters = self._applied_adapters()
+        return self._adapted(name, base, adapters, base.dtype) if adapters else base
 
     def _forward_with_deltas(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
         """The path for any layer: its forward, with other tensors in place of its parameters."""

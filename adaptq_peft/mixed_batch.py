@@ -28,7 +28,8 @@ def mixed_batch(
         num_beams: of beam search, which repeats each sample in the decoder.
 
     Raises:
-        ValueError: if the model is in training mode, or a name is unknown.
+        ValueError: if the model is in training mode, a name is unknown, or a module reads the weight of an adapter
+            layer instead of calling it.
         TypeError: if `adapter_names` is not a list.
     """
     if adapter_names is None:
@@ -51,11 +52,16 @@ def mixed_batch(
         for module in model.modules()
         if isinstance(module, (AdaptQLayer, AuxiliaryTrainingWrapper))
     ]
+    layers = [module for module in model.modules() if isinstance(module, AdaptQLayer)]
+    for layer in layers:
+        layer.in_mixed_batch = True
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for layer in layers:
+            layer.in_mixed_batch = False
 
 
 def _encoder_modules(model: nn.Module) -> set[nn.Module]:

@@ -16,6 +16,7 @@ from torch import nn
 from .block_forms import BlockForms, QuantizationReport, Wishes
 from .checkpoint import check_adapter_tensors
 from .config import AdaptQConfig
+from .direct_reads import children_read_by
 from .fingerprint import check_base, fingerprint_base
 from .frozen_prefix import FrozenPrefix
 from .layer import AdaptQLayer, create_layer
@@ -134,10 +135,14 @@ class AdaptQTuner(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         config = cast(AdaptQConfig, peft_config)
+        around: Any = type(parent.base_layer if isinstance(parent, AdaptQLayer) else parent)
+        read_directly = target_name in children_read_by(around)
         if isinstance(target, AdaptQLayer):
+            target.read_directly = read_directly
             target.update_layer(adapter_name, config)
             return
         layer = create_layer(target, adapter_name, config)
+        layer.read_directly = read_directly
         if adapter_name not in self.active_adapters:  # an additional adapter is not trainable by itself
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

@@ -199,6 +199,48 @@ def test_attributes_that_models_read_come_from_the_base():
         _ = layer.no_such_attribute
 
 
+class TestReadDirectly:
+    """Where the module around a layer reads its weight, it must get W0 + s * delta."""
+
+    @staticmethod
+    def make():
+        layer = make_layer(nn.Linear(8, 6))
+        randomize(layer)
+        layer.read_directly = True
+        return layer
+
+    def test_weight_and_bias_are_the_adapted_ones_and_differentiable(self):
+        layer = self.make()
+        x = torch.randn(2, 8)
+        found = torch.nn.functional.linear(x, layer.weight, layer.bias)
+        torch.testing.assert_close(found, layer(x))
+        found.sum().backward()
+        assert all(parameter.grad is not None for parameter in layer.adaptq_delta["default"].parameters())
+        assert layer.base_layer.weight.grad is None
+
+    def test_the_base_without_an_adapter_to_apply(self):
+        layer = self.make()
+        layer.enable_adapters(False)
+        assert layer.weight is layer.base_layer.weight
+        layer.enable_adapters(True)
+        layer.set_adapter([])
+        assert layer.bias is layer.base_layer.bias
+
+    def test_merged_it_is_added_once(self):
+        layer = self.make()
+        expected = layer.weight.detach().clone()
+        layer.merge()
+        assert layer.weight is layer.base_layer.weight
+        torch.testing.assert_close(layer.weight.detach(), expected)
+        assert layer.get_base_layer().weight is layer.base_layer.weight
+
+    def test_without_a_bias(self):
+        layer = make_layer(nn.Linear(8, 6, bias=False))
+        layer.read_directly = True
+        assert layer.bias is None
+        assert layer.weight.dtype == layer.base_layer.weight.dtype
+
+
 def test_the_name_in_print_outs_starts_with_adaptq():
     assert repr(make_layer(nn.Linear(8, 6))).startswith("adaptq.AdaptQLinear(")
 

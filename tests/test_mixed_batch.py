@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
+from torch import nn
 
 from adaptq_peft import AdaptQConfig
 from adaptq_peft.layer import AdaptQLayer
@@ -35,6 +36,26 @@ def test_each_sample_gets_the_output_of_its_adapter(two_adapters, batch):
         torch.testing.assert_close(found[row], outputs[name][row], rtol=1e-4, atol=1e-5)
     hooks = [m for m in two_adapters.modules() if isinstance(m, AdaptQLayer) and m._forward_pre_hooks]
     assert hooks == []
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.projection = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x @ self.projection.weight
+
+
+def test_a_weight_that_is_read_cannot_be_one_for_each_sample():
+    model = nn.Sequential(Reader()).eval()
+    wrapped = get_peft_model(model, AdaptQConfig(target_modules=["projection"], init_weights=False)).eval()
+    x = torch.randn(2, 4)
+    expected = wrapped(x)
+    with pytest.raises(ValueError, match=r"around a Linear reads its weight, which is one for all samples"):
+        wrapped(x, adapter_names=["default", "__base__"])
+    assert torch.equal(wrapped(x), expected)
+    assert not torch.equal(wrapped(x), x @ model[0].projection.base_layer.weight)
 
 
 def test_errors(two_adapters, batch):

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Callable
-from contextlib import suppress
-from functools import cache
 from typing import Any
 
 from torch import nn
 
+from ..direct_reads import weights_read_by
 from ..module_names import base_name, is_of_an_adapter
 from ..selection import Block
 from .settings import QuantizationSettings
-
-#: `self.NAME.weight` in source code, used as a tensor. A packed 4-bit weight there breaks the forward pass.
-_READ_WEIGHT = re.compile(r"(?<!_\()\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|ndim)|\[)")
 
 
 class LeaveReasons:
@@ -76,24 +70,9 @@ def _weights_read_directly(block: Block) -> dict[str, str]:
         if is_of_an_adapter(path) or hasattr(module, "base_layer"):
             continue
         module_class: Any = type(module)
-        for child in _children_read_by(module_class):
+        for child in weights_read_by(module_class):
             found[base_name(".".join(part for part in (block.name, path, child) if part))] = module_class.__name__
     return found
-
-
-@cache
-def _children_read_by(module_class: type[nn.Module]) -> frozenset[str]:
-    """Names in `self.name.weight` in the source of a class and those it inherits from, torch's own apart.
-
-    Not counted: `.weight.dtype` and the like, initialization, and slices, which Bloom takes to imitate tensor
-    parallelism.
-    """
-    found: set[str] = set()
-    for ancestor in module_class.__mro__:
-        if not ancestor.__module__.startswith(("torch.", "builtins")):
-            with suppress(OSError, TypeError):  # a class without a source file
-                found.update(_READ_WEIGHT.findall(inspect.getsource(ancestor)))
-    return frozenset(found)
 
 
 def _parameter_use_counts(model: nn.Module) -> dict[int, int]:
