@@ -51,6 +51,7 @@ class Wishes:
         adapted: indices of the blocks that it adapts.
         settings: how the linears of all other blocks are quantized; `None`: they are not.
         original_weights: one of `ORIGINAL_WEIGHTS`.
+        revision: of the base model's checkpoint.
         is_excluded: whether the user excluded the layer with a dotted name.
     """
 
@@ -58,6 +59,7 @@ class Wishes:
     adapted: Collection[int]
     settings: QuantizationSettings | None
     original_weights: str
+    revision: str | None
     is_excluded: Callable[[str], bool]
 
 
@@ -84,7 +86,7 @@ class BlockForms:
         self._model = model
         self._wishes = wishes
         self._others = others
-        self._originals = OriginalWeights(model, wishes.original_weights)
+        self._originals = OriginalWeights(model, wishes.original_weights, wishes.revision)
         self._replacements: dict[str, nn.Module] = {}
         self._replaced: dict[str, nn.Module] = {}
         self._quantized_copies: list[tuple[AdaptQLayer, nn.Module]] = []
@@ -164,7 +166,7 @@ def quantize_blocks(
     is_excluded: Callable[[str], bool] = lambda name: False,
 ) -> QuantizationReport:
     """Quantize the linears of blocks in place, without any adapter."""
-    forms = BlockForms(model, blocks, Wishes("", (), settings, "checkpoint", is_excluded), [])
+    forms = BlockForms(model, blocks, Wishes("", (), settings, "checkpoint", None, is_excluded), [])
     forms.apply()
     return forms.report
 

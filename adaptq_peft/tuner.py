@@ -295,7 +295,8 @@ class AdaptQTuner(BaseTuner):
         form = resolve_unloaded_form(self.model, frozen, merge)
         if form != "original":
             show_quantized_forms(self.model, adapter_names)
-        plain = build_plain_layers(self.model, form, or_dequantized=frozen is None)
+        revision = next((config.revision for config in self._configs.values()), None)
+        plain = build_plain_layers(self.model, form, revision, or_dequantized=frozen is None)
         while any(isinstance(module, AdaptQLayer) for module in self.model.modules()):  # wrapped within wrapped ones
             super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         self._frozen_prefix.disable_input_require_grads()
@@ -331,6 +332,7 @@ def _wishes(adapter_name: str, config: AdaptQConfig, plan: AdapterPlan) -> Wishe
         adapted=plan.adapted,
         settings=resolve_quantization(plan.quantization),
         original_weights=config.original_weights,
+        revision=config.revision,
         is_excluded=lambda name: is_excluded(name, config),
     )
 

@@ -43,12 +43,15 @@ def show_quantized_forms(model: nn.Module, adapter_names: list[str] | None) -> N
                 model.set_submodule(name, layer.adaptq_frozen)
 
 
-def build_plain_layers(model: nn.Module, form: str, or_dequantized: bool) -> dict[str, nn.Module]:
+def build_plain_layers(
+    model: nn.Module, form: str, revision: str | None, or_dequantized: bool
+) -> dict[str, nn.Module]:
     """A plain layer for each quantized linear of a model, by the dotted name that it has without adapters.
 
     Args:
         model: the model, which is not changed.
         form: one of `UNLOADED_FORMS`.
+        revision: of the model's checkpoint on the Hub.
         or_dequantized: take the dequantized weights, with a warning, where original ones can't be had.
 
     Raises:
@@ -57,7 +60,7 @@ def build_plain_layers(model: nn.Module, form: str, or_dequantized: bool) -> dic
     plain: dict[str, nn.Module] = {}
     if form == "quantized":
         return plain
-    originals = OriginalWeights(model, "dequantized" if form == "dequantized" else "checkpoint")
+    originals = OriginalWeights(model, "dequantized" if form == "dequantized" else "checkpoint", revision)
     failures: list[str] = []
     for name, module in model.named_modules():
         if not is_quantized(module) or name.endswith(".adaptq_frozen"):

@@ -18,7 +18,7 @@ NF4 = resolve_quantization("nf4")
 def make_forms(model, frozen=(0, 1), settings=NF4, is_excluded=lambda name: False, others=(), source="checkpoint"):
     blocks = find_blocks(model)
     adapted = {block.index for block in blocks} - set(frozen)
-    return BlockForms(model, blocks, Wishes("new", adapted, settings, source, is_excluded), list(others))
+    return BlockForms(model, blocks, Wishes("new", adapted, settings, source, None, is_excluded), list(others))
 
 
 def test_only_linears_of_the_given_blocks_are_swapped(model):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..direct_reads import weights_read_by
 from ..module_names import base_name, is_of_an_adapter
@@ -37,7 +38,7 @@ class LeaveReasons:
         """Why the linear with this dotted name is left; `None`: nothing speaks against quantizing it."""
         if self._is_excluded(name):
             return "named in exclude_modules or modules_to_save"
-        if any(name == skip or name.endswith(f".{skip}") for skip in self._settings.skip_modules):
+        if not should_convert_module(name, list(self._settings.skip_modules)):
             return "named in llm_int8_skip_modules"
         if self._kept_in_float32.intersection(name.split(".")):
             return "transformers keeps it in float32, and reads its weight"

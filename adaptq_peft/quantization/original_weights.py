@@ -33,11 +33,12 @@ class OriginalWeights:
     Args:
         model: the transformers model.
         source: one of `ORIGINAL_WEIGHTS`. "dequantized" takes neither: the rounded weights become the originals.
+        revision: of a checkpoint on the Hub; `None`: the one that the model's config names, else the default branch.
     """
 
-    def __init__(self, model: nn.Module, source: str) -> None:
+    def __init__(self, model: nn.Module, source: str, revision: str | None = None) -> None:
         self._source = source
-        self._checkpoint = CheckpointWeights(model)
+        self._checkpoint = CheckpointWeights(model, revision=revision)
 
     def restore(self, name: str, quantized: nn.Module) -> nn.Module:
         """A plain layer with the original weights of a quantized one, on the same device and in its original dtype.

@@ -22,7 +22,8 @@ class QuantizationSettings:
         compute_dtype: dtype of the matrix product; `None`: that of the first input.
         storage_dtype: dtype of the tensor that holds the packed codes.
         outlier_threshold: LLM.int8() threshold; only for 8 bits.
-        skip_modules: names, or their ends, of linears that are left as they are.
+        skip_modules: names of modules that are left as they are, matched as transformers does: the end of a name, or
+            a regular expression for its start.
     """
 
     bits: int
