@@ -48,8 +48,8 @@ class _Source:
 class CheckpointWeights:
     """The tensors of the safetensors checkpoint that a model was loaded from, read one at a time.
 
-    Nothing is read, looked up or downloaded before the first `read`. Only the file that holds a tensor is opened, and of
-    that only its header and the tensor are read. Nothing is ever unpickled.
+    Nothing is read, looked up or downloaded before the first `read`. Only the file that holds a tensor is opened, and
+    of that only its header and the tensor are read. Nothing is ever unpickled.
 
     Args:
         model: a transformers model, quantized or not, with or without adapters inside it. Not a `PeftModel`.
@@ -74,8 +74,9 @@ class CheckpointWeights:
                 "model.layers.0.self_attn.q_proj.weight". GPT-2's `Conv1D` weights are [in, out].
 
         Raises:
-            OriginalWeightsUnavailable: if there is no such checkpoint or tensor, if the checkpoint is quantized itself,
-                not in safetensors format, damaged or of another model, or if transformers builds the tensor from several.
+            OriginalWeightsUnavailable: if there is no such checkpoint or tensor, if the checkpoint is quantized
+                itself, not in safetensors format, damaged or of another model, or if transformers makes the tensor
+                from several.
         """
         source = self._sources.get(name)
         if source is None:
@@ -88,7 +89,7 @@ class CheckpointWeights:
 
     @cached_property
     def _sources(self) -> dict[str, _Source]:
-        """Name of each tensor of the model -> where it is. Refuses a checkpoint with other weights than the model's."""
+        """Name of each tensor of the model -> where it is. Refuses a checkpoint with other weights."""
         self._check_not_quantized()
         sources = _name_keys(self._model, list(self._files), self._is_own)
         self._check_same_weights(sources)
@@ -108,8 +109,8 @@ class CheckpointWeights:
         pickled = [name for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if self._find(name, download=False)]
         if pickled:
             raise self._unavailable(
-                f"it has {pickled[0]} and no safetensors file, and pickles are never opened; convert it once: load the "
-                "model in 16 bits, call its save_pretrained, and use that folder"
+                f"it has {pickled[0]} and no safetensors file, and pickles are never opened; convert it once: load "
+                "the model in 16 bits, call its save_pretrained, and use that folder"
             )
         raise self._unavailable(f"there is no {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}")
 
@@ -152,12 +153,12 @@ class CheckpointWeights:
             quantization = json.load(text).get("quantization_config")
         if quantization:
             raise self._unavailable(
-                f"it is quantized itself ({quantization.get('quant_method', 'unknown method')}), so it holds no original "
-                "weights; name the 16-bit checkpoint that it was made from"
+                f"it is quantized itself ({quantization.get('quant_method', 'unknown method')}), so it holds no "
+                "original weights; name the 16-bit checkpoint that it was made from"
             )
 
     def _check_same_weights(self, sources: dict[str, _Source]) -> None:
-        """Compare norms and biases, which quantization leaves alone. Some may differ: a merged adapter changes them."""
+        """Compare norms and biases, which quantization leaves alone. A merged adapter changes some of them."""
         names = {name: p for name, p in _base_tensors(self._model).items() if _is_comparable(p, sources.get(name))}
         chosen = list(names)[:: max(1, len(names) // COMPARED_TENSORS)]
         other = [name for name in chosen if not _are_close(self._read_key(sources[name].keys[0]), names[name])]
@@ -169,8 +170,8 @@ class CheckpointWeights:
 
     def _unavailable(self, reason: str) -> OriginalWeightsUnavailable:
         return OriginalWeightsUnavailable(
-            f"The original weights of {type(self._model).__name__} can't be read from {self._describe()}: {reason}. They "
-            "are read from safetensors files, in the folder or the Hub repository that the model was loaded from."
+            f"The original weights of {type(self._model).__name__} can't be read from {self._describe()}: {reason}. "
+            "They are read from the safetensors files in the folder or Hub repository that the model was loaded from."
         )
 
     def _describe(self) -> str:

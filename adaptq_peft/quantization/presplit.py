@@ -1,0 +1,157 @@
+"""`adaptq_bnb_config`: a model is loaded with its frozen blocks in 4 bits, never whole in 16 bits."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedConfig
+
+from ..config import AdaptQConfig
+from ..selection import Block, find_blocks
+from ..targets import is_excluded
+from .frozen_blocks import _kept_in_float32, _linears, _parameter_use_counts, _reason_to_leave, _weights_read_directly
+from .settings import QuantizationSettings, resolve_quantization
+
+_LOAD_PLAIN = "load the model without a quantization_config"
+
+
+def adaptq_bnb_config(
+    adapter: AdaptQConfig | Sequence[int] | int | str | os.PathLike[str],
+    model: PreTrainedConfig | nn.Module | str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> BitsAndBytesConfig:
+    """A `quantization_config` for `from_pretrained` that quantizes the linears of the frozen blocks and nothing else.
+
+    Each weight is quantized as it is read, so the 16-bit model is never whole in memory. `get_peft_model` with the
+    same blocks then finds its work done, and gives the model that it would have made from the whole 16-bit one.
+
+        blocks = [14, 15]
+        quantization_config = adaptq_bnb_config(blocks, "org/model", dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(
+            "org/model", quantization_config=quantization_config, dtype=torch.bfloat16
+        )
+        model = get_peft_model(model, AdaptQConfig(layers_to_transform=blocks))
+
+    The blocks are found from the model's config alone. Its class is the one that config.json names; another head on
+    the same blocks makes no difference.
+
+    Args:
+        adapter: the blocks that are adapted (0-based, an int or a list), quantized as `AdaptQConfig` does by default
+            ("nf4"); or an `AdaptQConfig` with `layers_to_transform`, whose `quantization`, `layers_pattern`,
+            `exclude_modules` and `modules_to_save` count, too; or folder or Hub repository of a saved adapter.
+        model: folder or Hub repository of the 16-bit checkpoint, its config, or the model itself, which may be on the
+            meta device (for code of your own). `None` (default): the base that a saved adapter names.
+        dtype: the dtype given to `from_pretrained`, in which the quantized layers compute. `None` (default): that of
+            the config, as `from_pretrained` without a dtype takes; float32 if the config has none.
+
+    Raises:
+        ValueError: if no blocks are given or found, an index is out of range, the checkpoint is quantized already, or
+            nothing would be quantized.
+    """
+    adapter_config = _adapter_config(adapter)
+    settings = resolve_quantization(adapter_config.quantization)
+    if settings is None:
+        raise ValueError(f'quantization is "none", so no block is quantized; {_LOAD_PLAIN}')
+    skeleton = _skeleton(adapter_config.base_model_name_or_path if model is None else model)
+    frozen = _frozen_blocks(skeleton, adapter_config)
+    prefix = getattr(skeleton, "base_model_prefix", "")
+    skipped = [_all_but(frozen, prefix)]
+    skipped += [name.removeprefix(f"{prefix}.") for name in _left_linears(skeleton, frozen, settings, adapter_config)]
+    compute_dtype = settings.compute_dtype or dtype or _config_dtype(skeleton)
+    return BitsAndBytesConfig(
+        load_in_4bit=settings.bits == 4,
+        load_in_8bit=settings.bits == 8,
+        llm_int8_threshold=settings.outlier_threshold,
+        llm_int8_skip_modules=skipped,
+        bnb_4bit_quant_type=settings.quant_type,
+        bnb_4bit_use_double_quant=settings.nested_absmax,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=settings.storage_dtype,
+    )
+
+
+def _adapter_config(adapter: AdaptQConfig | Sequence[int] | int | str | os.PathLike[str]) -> AdaptQConfig:
+    if isinstance(adapter, (str, os.PathLike)):
+        adapter = AdaptQConfig.from_pretrained(os.fspath(adapter))
+    elif not isinstance(adapter, AdaptQConfig):
+        adapter = AdaptQConfig(layers_to_transform=adapter if isinstance(adapter, int) else list(adapter))
+    if adapter.layers_to_transform is None:
+        raise ValueError(
+            "layers_to_transform of this AdaptQConfig is None, and the blocks have to be known before the model is "
+            "loaded; set them, for instance to those of an adapter that was profiled on a model in 16 bits"
+        )
+    return adapter
+
+
+def _skeleton(model: PreTrainedConfig | nn.Module | str | os.PathLike[str] | None) -> nn.Module:
+    """The model without its weights: on the meta device, of the class that the config names."""
+    if isinstance(model, nn.Module):
+        return model
+    if model is None:
+        raise ValueError("model is None, and the adapter does not name its base; name the checkpoint or its config")
+    config: Any = model if isinstance(model, PreTrainedConfig) else AutoConfig.from_pretrained(model)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"the checkpoint {config.name_or_path!r} is quantized already, and from_pretrained keeps it so; name the "
+            "16-bit checkpoint that it was made from"
+        )
+    model_class = getattr(transformers, (config.architectures or [""])[0], None)
+    with torch.device("meta"):
+        return model_class(config) if model_class else AutoModel.from_config(config)
+
+
+def _frozen_blocks(skeleton: nn.Module, config: AdaptQConfig) -> list[Block]:
+    blocks = find_blocks(skeleton, config.layers_pattern)
+    given: Any = config.layers_to_transform
+    adapted = {given} if isinstance(given, int) else set(given)
+    if bad := sorted(index for index in adapted if index >= len(blocks)):
+        raise ValueError(
+            f"blocks {bad} are to be adapted, and {type(skeleton).__name__} has {len(blocks)} blocks; allowed are "
+            f"0 to {len(blocks) - 1}"
+        )
+    frozen = [block for block in blocks if block.index not in adapted]
+    if not frozen:
+        raise ValueError(f"all {len(blocks)} blocks are adapted, so none is quantized; {_LOAD_PLAIN}")
+    return frozen
+
+
+def _all_but(frozen: list[Block], prefix: str) -> str:
+    """A regular expression for the names of all modules but those inside the given blocks.
+
+    transformers takes the entries of a skip list for regular expressions that match from the start of a name
+    (`should_convert_module`). So heads of all names are left alone, and block 1 is not taken for block 10. The prefix
+    is optional: it is there in a model with a head, and not in a bare one.
+    """
+    indices: dict[str, list[str]] = {}
+    for block in frozen:
+        path, _, index = block.name.removeprefix(f"{prefix}.").rpartition(".")
+        indices.setdefault(re.escape(path), []).append(index)
+    lists = "|".join(rf"{path}\.(?:{'|'.join(chosen)})" for path, chosen in indices.items())
+    start = rf"(?:{re.escape(prefix)}\.)?" if prefix else ""
+    return rf"(?!{start}(?:{lists})\.).*"
+
+
+def _left_linears(
+    skeleton: nn.Module, frozen: list[Block], settings: QuantizationSettings, config: AdaptQConfig
+) -> list[str]:
+    """Linears of the frozen blocks that the swap in memory leaves alone, too."""
+    counts, kept = _parameter_use_counts(skeleton), _kept_in_float32(skeleton)
+    left: list[str] = []
+    for block in frozen:
+        read_directly = _weights_read_directly(block)
+        for name, linear in _linears(block):
+            if _reason_to_leave(
+                name, linear, settings, counts, kept, read_directly, lambda name: is_excluded(name, config)
+            ):
+                left.append(name)
+    return left
+
+
+def _config_dtype(skeleton: nn.Module) -> torch.dtype:
+    return getattr(getattr(skeleton, "config", None), "dtype", None) or torch.float32
