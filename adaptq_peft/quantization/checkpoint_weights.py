@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants, is_offline_mode
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -24,9 +25,9 @@ from transformers.utils import (
 )
 from transformers.utils.hub import extract_commit_hash
 
-#: Small tensors of the model that are compared with the checkpoint, and the difference that a dtype may make to them:
-#: two roundings to bfloat16, each by at most 2^-9 relative.
-COMPARED_TENSORS = 16
+#: Small tensors of each file that are compared with the model's, and the difference that a dtype may make to them: two
+#: roundings to bfloat16, each by at most 2^-9 relative.
+COMPARED_TENSORS = 8
 DTYPE_TOLERANCE = 2.0**-7
 
 #: Parts of a name that PEFT's wrappers add.
@@ -62,6 +63,7 @@ class CheckpointWeights:
     def __init__(self, model: nn.Module, path: str | None = None, revision: str | None = None) -> None:
         config = getattr(model, "config", None)
         self._model = model
+        self._checked: set[str] = set()
         self._is_own = path is None
         self._path = str(path or getattr(model, "name_or_path", None) or "")
         self._revision = revision or (getattr(config, "_commit_hash", None) if self._is_own else None)
@@ -85,15 +87,15 @@ class CheckpointWeights:
             raise self._unavailable(
                 f"{name} is made from {', '.join(source.keys)} by {source.conversion} and can't be read as one tensor"
             )
+        self._check_same_weights(self._files[source.keys[0]])
         return self._read_key(source.keys[0])
 
     @cached_property
     def _sources(self) -> dict[str, _Source]:
-        """Name of each tensor of the model -> where it is. Refuses a checkpoint with other weights."""
+        """Name of each tensor of the model -> where it is in the checkpoint."""
+        keys = list(self._files)
         self._check_not_quantized()
-        sources = _name_keys(self._model, list(self._files), self._is_own)
-        self._check_same_weights(sources)
-        return sources
+        return _name_keys(self._model, keys, self._is_own)
 
     @cached_property
     def _files(self) -> dict[str, str]:
@@ -145,7 +147,6 @@ class CheckpointWeights:
         return None
 
     def _check_not_quantized(self) -> None:
-        self._files  # noqa: B018  # first of all: whether there is a checkpoint
         path = self._find(CONFIG_NAME)
         if path is None:
             return
@@ -157,16 +158,23 @@ class CheckpointWeights:
                 "original weights; name the 16-bit checkpoint that it was made from"
             )
 
-    def _check_same_weights(self, sources: dict[str, _Source]) -> None:
-        """Compare norms and biases, which quantization leaves alone. A merged adapter changes some of them."""
-        names = {name: p for name, p in _base_tensors(self._model).items() if _is_comparable(p, sources.get(name))}
+    def _check_same_weights(self, file: str) -> None:
+        """Compare norms and biases, which quantization leaves alone, with those in the same file, once for each file."""
+        if file in self._checked:
+            return
+        names = {
+            name: tensor
+            for name, tensor in _unmerged_vectors(self._model).items()
+            if (source := self._sources.get(name)) and not source.conversion and self._files[source.keys[0]] == file
+        }
         chosen = list(names)[:: max(1, len(names) // COMPARED_TENSORS)]
-        other = [name for name in chosen if not _are_close(self._read_key(sources[name].keys[0]), names[name])]
+        other = [name for name in chosen if not _are_close(self._read_key(self._sources[name].keys[0]), names[name])]
         if len(other) > len(chosen) / 2:
             raise self._unavailable(
                 f"it has other weights than the model, for instance {other[0]}; if the model was loaded from another "
                 "revision, name that revision"
             )
+        self._checked.add(file)
 
     def _unavailable(self, reason: str) -> OriginalWeightsUnavailable:
         return OriginalWeightsUnavailable(
@@ -218,12 +226,22 @@ def _targets(name: str, pattern: str | None, converters: list[WeightConverter]) 
 def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers under the names that they have in the model without adapters."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {".".join(part for part in name.split(".") if part not in _WRAPPERS): tensor for name, tensor in tensors}
+    return {_base_name(name): tensor for name, tensor in tensors}
 
 
-def _is_comparable(parameter: torch.Tensor, source: _Source | None) -> bool:
-    plain = parameter.ndim == 1 and parameter.is_floating_point() and parameter.device.type != "meta"
-    return plain and source is not None and source.conversion is None
+def _base_name(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _unmerged_vectors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Norms and biases that no merged adapter has changed."""
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+    merged = tuple(f"{_base_name(name)}." for name, layer in layers if layer.merged)
+    return {
+        name: tensor
+        for name, tensor in _base_tensors(model).items()
+        if tensor.ndim == 1 and tensor.is_floating_point() and not tensor.is_meta and not name.startswith(merged)
+    }
 
 
 def _are_close(original: torch.Tensor, loaded: torch.Tensor) -> bool:

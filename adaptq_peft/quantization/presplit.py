@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from ..config import AdaptQConfig
 from ..selection import Block, find_blocks
@@ -140,9 +142,10 @@ def _all_but(frozen: list[Block], prefix: str) -> str:
 def _left_linears(
     skeleton: nn.Module, frozen: list[Block], settings: QuantizationSettings, config: AdaptQConfig
 ) -> list[str]:
-    """Linears of the frozen blocks that the swap in memory leaves alone, too."""
+    """Linears of the frozen blocks that the swap in memory leaves alone, too. Warns of those that it does not."""
     counts, kept = _parameter_use_counts(skeleton), _kept_in_float32(skeleton)
     left: list[str] = []
+    later: dict[str, str] = {}
     for block in frozen:
         read_directly = _weights_read_directly(block)
         for name, linear in _linears(block):
@@ -150,6 +153,15 @@ def _left_linears(
                 name, linear, settings, counts, kept, read_directly, lambda name: is_excluded(name, config)
             ):
                 left.append(name)
+            elif type(linear) is not nn.Linear and not isinstance(linear, Conv1D):
+                later[name] = type(linear).__name__
+    if later:
+        name, class_name = next(iter(later.items()))
+        warnings.warn(
+            f"{len(later)} linears of frozen blocks, the first is {name}, are of class {class_name}, which "
+            "transformers does not quantize: they arrive in 16 bits, and get_peft_model quantizes them",
+            stacklevel=3,
+        )
     return left
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -25,7 +26,11 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.utils import cached_file as transformers_cached_file
 
+from adaptq_peft import AdaptQConfig
+from adaptq_peft.layer import AdaptQLayer
+from adaptq_peft.quantization import checkpoint_weights
 from adaptq_peft.quantization.checkpoint_weights import CheckpointWeights, OriginalWeightsUnavailable
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -93,15 +98,18 @@ def test_a_model_that_arrived_in_4_bits(base, tmp_path):
 
 
 def test_adapters_inside_the_model_are_looked_through(base, tmp_path):
-    from peft import get_peft_model
-
-    from adaptq_peft import AdaptQConfig
-
     base.save_pretrained(tmp_path)
     config = AdaptQConfig(layers_to_transform=[1], modules_to_save=["lm_head"])
     wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path), config)
     weights = CheckpointWeights(wrapped.get_base_model())
     assert_reads(weights, block_weights(base))
+    for layer in wrapped.modules():
+        if isinstance(layer, AdaptQLayer):
+            layer.adaptq_delta["default"].requires_grad_(False)
+            for parameter in layer.adaptq_delta["default"].parameters():
+                parameter.fill_(1.0)
+    wrapped.merge_adapter()  # changes the norms of block 1, and those alone
+    assert_reads(CheckpointWeights(wrapped.get_base_model()), block_weights(base))
 
 
 # --- names ---
@@ -233,6 +241,30 @@ def test_weights_of_another_revision_are_refused(hub):
         CheckpointWeights(loaded).read(Q_PROJ)
 
 
+def test_what_the_cache_lacks_is_downloaded_and_no_other_file(hub, tmp_path, monkeypatch):
+    """The client's download is stood in for by a second cache; it is asked only after the first one."""
+    loaded = AutoModelForCausalLM.from_pretrained("org/tiny")
+    asked = []
+
+    def cached_file(repo_id, filename, *, revision, local_files_only):
+        asked.append((filename, revision, local_files_only))
+        if local_files_only:
+            raise OSError("not in the cache")
+        return transformers_cached_file(repo_id, filename, revision=revision, local_files_only=True)
+
+    monkeypatch.setattr(checkpoint_weights, "cached_file", cached_file)
+    monkeypatch.setattr(checkpoint_weights, "is_offline_mode", lambda: False)
+    assert torch.equal(CheckpointWeights(loaded).read(Q_PROJ), block_weights(hub[NEW])[Q_PROJ])
+    snapshot = tmp_path / "hub/models--org--tiny/snapshots" / NEW
+    shard = json.loads((snapshot / "model.safetensors.index.json").read_text())["weight_map"][Q_PROJ]
+    found = ["model.safetensors.index.json", "config.json", shard]
+    assert [name for name, _, _ in dict.fromkeys(asked)] == [
+        name for name in ("model.safetensors", *found) for _ in ("cache", "Hub")
+    ]
+    # Once a file is found, all others are taken from its commit.
+    assert [revision for name, revision, _ in dict.fromkeys(asked)][-4:] == [NEW] * 4
+
+
 def test_a_repository_that_is_not_in_the_cache(hub, base):
     base.name_or_path = "org/absent"
     with pytest.raises(
@@ -328,7 +360,10 @@ def test_reading_every_tensor_does_not_keep_the_checkpoint_in_memory(tmp_path):
     script = """
         import sys, torch
         from transformers import LlamaConfig, LlamaForCausalLM
-        from adaptq_peft.quantization.checkpoint_weights import CheckpointWeights
+        from adaptq_peft import AdaptQConfig
+from adaptq_peft.layer import AdaptQLayer
+from adaptq_peft.quantization import checkpoint_weights
+from adaptq_peft.quantization.checkpoint_weights import CheckpointWeights
 
         def resident():
             with open("/proc/self/statm") as file:

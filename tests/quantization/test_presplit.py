@@ -13,6 +13,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BitsAndBytesConfig,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaForCausalLM,
@@ -209,6 +211,21 @@ def test_linears_whose_weight_is_read_directly_stay(tmp_path):
     MambaForCausalLM(MambaConfig(**COMMON, hidden_size=64, num_hidden_layers=2)).save_pretrained(tmp_path)
     model = load_split(MambaForCausalLM, tmp_path, [1])
     assert quantized_names(model) == {"backbone.layers.0.mixer.in_proj"}
+
+
+def test_linears_that_transformers_does_not_quantize(batch, tmp_path):
+    """Falcon has a linear class of its own. It is quantized by get_peft_model, and a warning says so."""
+    config = FalconConfig(**SIZES, max_position_embeddings=32)
+    FalconForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    message = (
+        r"8 linears of frozen blocks, the first is transformer\.h\.0\..*, are of class FalconLinear, which transf"
+    )
+    with pytest.warns(UserWarning, match=message):
+        split = load_split(FalconForCausalLM, tmp_path, [1])
+    assert quantized_names(split) == set()
+    split = get_peft_model(split, AdaptQConfig(layers_to_transform=[1]))
+    swapped = FalconForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert_same_model(split, get_peft_model(swapped, AdaptQConfig(layers_to_transform=[1])), batch)
 
 
 def test_excluded_modules_stay(build, tmp_path):
