@@ -159,7 +159,7 @@ class CheckpointWeights:
             )
 
     def _check_same_weights(self, file: str) -> None:
-        """Compare norms and biases, which quantization leaves alone, with those in the same file, once for each file."""
+        """Compare the norms and biases in a file, which quantization leaves alone, with the model's, once."""
         if file in self._checked:
             return
         names = {

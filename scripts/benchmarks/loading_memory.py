@@ -9,7 +9,8 @@ A random checkpoint of that shape, or the one that `--model` names, is loaded by
 Bytes beyond what the process held before loading, sampled every millisecond from Linux's /proc: `resident` counts
 mapped pages of the checkpoint files too, which the system can drop, `anonymous` does not. The deltas are in `--dtype`.
 The checkpoint is in float32 unless `--checkpoint-dtype` says otherwise: on a CPU, transformers leaves weights that
-need no cast in the mapped file, and loading them whole would seem to cost nothing.
+need no cast in the mapped file, and loading them whole would seem to cost nothing. The processes run with
+MALLOC_MMAP_THRESHOLD_=1000000, unless it is set: the C library then returns freed tensors to the system at once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -81,7 +83,8 @@ def describe(model: nn.Module, memory: MemorySampler) -> dict[str, object]:
 def measure_in_a_process(variant: str, folder: str) -> dict[str, object]:
     with tempfile.NamedTemporaryFile(suffix=".json") as output:
         command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant, "--folder", folder]
-        subprocess.run([*command, "--output", output.name], check=True, stdout=subprocess.DEVNULL)
+        environment = {"MALLOC_MMAP_THRESHOLD_": "1000000", **os.environ}
+        subprocess.run([*command, "--output", output.name], check=True, stdout=subprocess.DEVNULL, env=environment)
         return json.loads(Path(output.name).read_text())
 
 

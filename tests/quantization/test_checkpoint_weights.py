@@ -356,23 +356,20 @@ def test_another_checkpoint_may_be_named(base, quantized_repository):
 
 
 def test_reading_every_tensor_does_not_keep_the_checkpoint_in_memory(tmp_path):
-    """Anonymous and file-backed pages: the peak while reading 96 MB one tensor at a time stays below a third of it."""
+    """Anonymous and file-backed pages: the peak while reading 48 MB one tensor at a time stays below a third of it."""
     script = """
         import sys, torch
         from transformers import LlamaConfig, LlamaForCausalLM
-        from adaptq_peft import AdaptQConfig
-from adaptq_peft.layer import AdaptQLayer
-from adaptq_peft.quantization import checkpoint_weights
-from adaptq_peft.quantization.checkpoint_weights import CheckpointWeights
+        from adaptq_peft.quantization.checkpoint_weights import CheckpointWeights
 
         def resident():
             with open("/proc/self/statm") as file:
                 return int(file.read().split()[1]) * 4096
 
-        config = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
+        config = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8,
                              vocab_size=64)
         torch.manual_seed(0)
-        LlamaForCausalLM(config).bfloat16().save_pretrained(sys.argv[1], max_shard_size="20MB")
+        LlamaForCausalLM(config).bfloat16().save_pretrained(sys.argv[1], max_shard_size="10MB")
         with torch.device("meta"):
             model = LlamaForCausalLM(config)
         model.name_or_path = sys.argv[1]
@@ -388,5 +385,5 @@ from adaptq_peft.quantization.checkpoint_weights import CheckpointWeights
     """
     command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
     total, grown = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
-    assert total > 90e6
+    assert total > 45e6
     assert grown < total / 3
