@@ -5,7 +5,7 @@ Importing this package registers `PeftType.ADAPTQ` with PEFT.
 
 from .config import AdaptQConfig
 from .lora_conversion import convert_to_lora
-from .quantization.presplit import adaptq_bnb_config
+from .presplit import adaptq_bnb_config
 from .registration import register_tuner
 from .selection import ActivationProfile, SelectionRequest, profile_activations, register_selection_strategy
 from .tuner import AdaptQTuner

@@ -118,7 +118,7 @@ class BlockForms:
             reasons.look_into(block)
         if frozen:
             self.report.left.update(fused_experts(block))
-        for name, module in _linears(block):
+        for name, module in linears_of(block):
             linear = module.base_layer if isinstance(module, AdaptQLayer) else module
             reason = None if reasons is None else reasons.of(base_name(name), linear)
             if frozen and reason:
@@ -177,7 +177,7 @@ def _both(original: nn.Module, quantized: nn.Module, adapters: list[str]) -> Ada
     return layer
 
 
-def _linears(block: Block) -> list[tuple[str, nn.Module]]:
+def linears_of(block: Block) -> list[tuple[str, nn.Module]]:
     """Each linear of a block by its dotted name: plain, quantized, or the layer that wraps it."""
     found: list[tuple[str, nn.Module]] = []
     for path, module in block.module.named_modules():

@@ -14,11 +14,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from ..config import AdaptQConfig
-from ..selection import Block, find_blocks
-from ..targets import is_excluded
-from .frozen_blocks import _kept_in_float32, _linears, _parameter_use_counts, _reason_to_leave, _weights_read_directly
-from .settings import QuantizationSettings, resolve_quantization
+from .block_forms import linears_of
+from .config import AdaptQConfig
+from .quantization import LeaveReasons, QuantizationSettings, resolve_quantization
+from .selection import Block, find_blocks
+from .targets import is_excluded
 
 _LOAD_PLAIN = "load the model without a quantization_config"
 
@@ -143,15 +143,13 @@ def _left_linears(
     skeleton: nn.Module, frozen: list[Block], settings: QuantizationSettings, config: AdaptQConfig
 ) -> list[str]:
     """Linears of the frozen blocks that the swap in memory leaves alone, too. Warns of those that it does not."""
-    counts, kept = _parameter_use_counts(skeleton), _kept_in_float32(skeleton)
+    reasons = LeaveReasons(skeleton, settings, lambda name: is_excluded(name, config))
     left: list[str] = []
     later: dict[str, str] = {}
     for block in frozen:
-        read_directly = _weights_read_directly(block)
-        for name, linear in _linears(block):
-            if _reason_to_leave(
-                name, linear, settings, counts, kept, read_directly, lambda name: is_excluded(name, config)
-            ):
+        reasons.look_into(block)
+        for name, linear in linears_of(block):
+            if reasons.of(name, linear):
                 left.append(name)
             elif type(linear) is not nn.Linear and not isinstance(linear, Conv1D):
                 later[name] = type(linear).__name__
