@@ -64,6 +64,7 @@ class CheckpointWeights:
         config = getattr(model, "config", None)
         self._model = model
         self._checked: set[str] = set()
+        self._failure: OSError | None = None
         self._is_own = path is None
         self._path = str(path or getattr(model, "name_or_path", None) or "")
         self._revision = revision or (getattr(config, "_commit_hash", None) if self._is_own else None)
@@ -114,12 +115,12 @@ class CheckpointWeights:
                 f"it has {pickled[0]} and no safetensors file, and pickles are never opened; convert it once: load "
                 "the model in 16 bits, call its save_pretrained, and use that folder"
             )
-        raise self._unavailable(f"there is no {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}")
+        raise self._unavailable(f"there is no {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}") from self._failure
 
     def _read_key(self, key: str) -> torch.Tensor:
         path = self._find(self._files[key])
         if path is None:
-            raise self._unavailable(f"its file {self._files[key]}, which holds {key}, is missing")
+            raise self._unavailable(f"its file {self._files[key]}, which holds {key}, is missing") from self._failure
         with self._open(path) as file:
             try:
                 return file.get_tensor(key)
@@ -138,7 +139,8 @@ class CheckpointWeights:
         for local_only in (True, False) if download and not is_offline_mode() else (True,):
             try:
                 path = cached_file(self._path, filename, revision=self._revision, local_files_only=local_only)
-            except OSError:
+            except OSError as error:
+                self._failure = error  # says more, for instance that the repository is gated
                 continue
             if path is not None:
                 # All files of one commit: the default branch may move on meanwhile.

@@ -271,8 +271,9 @@ def test_a_repository_that_is_not_in_the_cache(hub, base):
         OriginalWeightsUnavailable,
         match=r"of LlamaForCausalLM can't be read from 'org/absent' \(no folder; as a Hub repository in the cache "
         r".*hub, offline\): there is no model\.safetensors or model\.safetensors\.index\.json\. They are read from",
-    ):
+    ) as raised:
         CheckpointWeights(base).read(Q_PROJ)
+    assert isinstance(raised.value.__cause__, OSError)
 
 
 def test_a_shard_that_is_not_in_the_cache(hub, tmp_path):
