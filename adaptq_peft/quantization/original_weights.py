@@ -60,7 +60,13 @@ class OriginalWeights:
 
     def _from_checkpoint(self, name: str, quantized: nn.Module) -> nn.Module:
         origin, source = origin_of(quantized), cast(Any, quantized)
-        weight = self._checkpoint.read(f"{name}.weight").to(_device(quantized), origin.dtype)
+        try:
+            weight = self._checkpoint.read(f"{name}.weight").to(_device(quantized), origin.dtype)
+        except OriginalWeightsUnavailable as error:
+            raise OriginalWeightsUnavailable(
+                f'{error} Without them: AdaptQConfig(original_weights="keep") on the adapter that quantizes keeps '
+                'them, and "dequantized" trains on the rounded weights.'
+            ) from error
         linear = linear_from_tensors(origin.linear_class, weight, source.bias)
         shape = weight.t().shape if origin.linear_class is Conv1D else weight.shape
         if shape != (source.out_features, source.in_features) or not _quantizes_to(linear, quantized):
@@ -81,6 +87,3 @@ def _quantizes_to(linear: nn.Module, quantized: nn.Module) -> bool:
     before: Any = quantized.weight
     differing = again.data.view(torch.uint8) != before.data.view(torch.uint8)
     return bool(differing.float().mean() <= MAX_DIFFERING_BYTES)
-
-
-__all__ = ["ORIGINAL_WEIGHTS", "OriginalWeights", "OriginalWeightsUnavailable"]
