@@ -1,9 +1,11 @@
-"""Peak memory of getting to a model with its lower half in 4 bits: loaded already split, or whole and then swapped.
+"""Peak memory of getting to a model with its lower half in 4 bits: loaded split, all in 4 bits, or all in 16.
 
     python scripts/benchmarks/loading_memory.py --shape 16,1024,4096,16,16,8192
 
 A random checkpoint of that shape, or the one that `--model` names, is loaded by a process of its own for each variant:
 - split: `from_pretrained(quantization_config=adaptq_bnb_config(blocks, folder))`, then `get_peft_model`;
+- restored: `from_pretrained(quantization_config=BitsAndBytesConfig(...))` quantizes all blocks, as QLoRA scripts do,
+  then `get_peft_model` reads the original weights of the adapted ones from the checkpoint;
 - swapped: `from_pretrained` in `--dtype`, then `get_peft_model`, which swaps the frozen blocks' linears in memory.
 
 Bytes beyond what the process held before loading, sampled every millisecond from Linux's /proc: `resident` counts
@@ -30,11 +32,11 @@ import torch
 from common import load_model, make_parser, parameter_bytes, report
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from adaptq_peft import AdaptQConfig, adaptq_bnb_config
 
-VARIANTS = ("split", "swapped")
+VARIANTS = ("split", "restored", "swapped")
 STATUS_FIELDS = {"VmRSS:": "resident", "RssAnon:": "anonymous"}
 
 
@@ -65,8 +67,19 @@ def measure(variant: str, folder: str, arguments: argparse.Namespace) -> dict[st
     count = AutoConfig.from_pretrained(folder).num_hidden_layers
     blocks = list(range(count // 2, count))
     memory = MemorySampler()
-    quantization = {"quantization_config": adaptq_bnb_config(blocks, folder, dtype)} if variant == "split" else {}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=arguments.device, **quantization)
+    quantization = {
+        "split": lambda: adaptq_bnb_config(blocks, folder, dtype),
+        "restored": lambda: BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+        "swapped": lambda: None,
+    }[variant]()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map=arguments.device, quantization_config=quantization
+    )
     loaded = describe(model, memory)
     model = get_peft_model(model, AdaptQConfig(layers_to_transform=blocks), autocast_adapter_dtype=False)
     return {"after from_pretrained": loaded, "after get_peft_model": describe(model, memory)}
