@@ -3,6 +3,10 @@
 Importing this package registers `PeftType.ADAPTQ` with PEFT.
 """
 
+__version__ = "0.1.0"
+
+from .artifacts.hotswap import hotswap_adapter
+from .artifacts.model_card import keep_section_when_cards_are_rewritten, update_model_card
 from .config import AdaptQConfig
 from .lora_conversion import convert_to_lora
 from .presplit import adaptq_bnb_config
@@ -11,8 +15,7 @@ from .selection import ActivationProfile, SelectionRequest, profile_activations,
 from .tuner import AdaptQTuner
 
 register_tuner(AdaptQConfig, AdaptQTuner)
-
-__version__ = "0.1.0"
+keep_section_when_cards_are_rewritten()
 
 __all__ = [
     "ActivationProfile",
@@ -21,6 +24,8 @@ __all__ = [
     "SelectionRequest",
     "adaptq_bnb_config",
     "convert_to_lora",
+    "hotswap_adapter",
     "profile_activations",
     "register_selection_strategy",
+    "update_model_card",
 ]

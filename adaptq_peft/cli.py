@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -45,6 +46,30 @@ def demo(
         run_demo(settings)
     except (ReloadError, ModuleNotFoundError) as error:
         _fail(str(error), error)
+
+
+class Autoload(str, Enum):
+    """What `adaptq autoload` is asked to do."""
+
+    on = "on"
+    off = "off"
+    status = "status"
+
+
+@app.command()
+def autoload(action: Annotated[Autoload, typer.Argument(help="What to do.")] = Autoload.status) -> None:
+    """Load adaptq_peft whenever a program in this Python environment imports peft: on, off or status."""
+    from . import autoload as environment
+
+    try:
+        if action is Autoload.on:
+            environment.enable()
+        elif action is Autoload.off:
+            environment.disable()
+    except OSError as error:
+        _fail(f"{error}. Run it as a user who may write there, or in a virtual environment of your own.", error)
+    state = "on" if environment.is_enabled() else "off"
+    typer.echo(f"autoload is {state}: {environment.autoload_file()} {'exists' if state == 'on' else 'does not exist'}")
 
 
 def _fail(message: str, cause: Exception) -> NoReturn:

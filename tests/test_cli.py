@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from adaptq_peft import autoload
 from adaptq_peft.cli import app
 from adaptq_peft.demo import run
 from adaptq_peft.demo.reload import ReloadError
@@ -67,3 +68,23 @@ def test_known_errors_are_a_message_and_a_code(monkeypatch, error):
     result = RUNNER.invoke(app, ["demo"])
     assert result.exit_code == 1
     assert f"Error: {error}" in result.output
+
+
+@pytest.fixture
+def site_packages(tmp_path, monkeypatch):
+    monkeypatch.setattr(autoload.sysconfig, "get_path", lambda name: str(tmp_path))
+    return tmp_path
+
+
+def test_autoload_says_its_state(site_packages):
+    for action, state in (([], "off"), (["on"], "on"), (["status"], "on"), (["off"], "off")):
+        result = RUNNER.invoke(app, ["autoload", *action])
+        assert result.exit_code == 0, result.output
+        assert f"autoload is {state}: {site_packages}" in result.output.replace("\n", "")
+
+
+def test_autoload_in_a_folder_that_cannot_be_written_to_is_an_error(site_packages, monkeypatch):
+    monkeypatch.setattr(autoload.sysconfig, "get_path", lambda name: str(site_packages / "missing"))
+    result = RUNNER.invoke(app, ["autoload", "on"])
+    assert result.exit_code == 1
+    assert "Run it as a user who may write there" in result.output
