@@ -46,6 +46,14 @@ def test_defaults():
         ({"delta_scaling": 0}, r"delta_scaling is 0; allowed: a finite number above 0"),
         ({"delta_scaling": float("inf")}, r"delta_scaling is inf; allowed"),
         ({"delta_dtype": "int8"}, r"delta_dtype is 'int8'; allowed: None or one of \['float32', 'bfloat16'"),
+        ({"evaluation": {}, "adaptq_version": 2}, r"is not valid:\n- adaptq_version is 2"),
+        ({"evaluation": [1]}, r"evaluation is \[1\]; allowed: None or a dict such as"),
+        ({"evaluation": {"general": {}}}, r"evaluation is \{'general': \{\}\}; allowed"),
+        (
+            {"evaluation": {"general": {"adapted": float("inf")}}},
+            r"evaluation is .*inf.*with finite perplexities of 1",
+        ),
+        ({"evaluation": {"general": {"adapted": 2.0, "note": "x"}}}, r"evaluation is .*'note'.*; allowed"),
         ({"adaptq_version": 2}, r"adaptq_version is 2; this adaptq_peft reads version 1; run `pip install -U"),
     ],
 )
@@ -121,6 +129,14 @@ def test_a_failed_save_leaves_the_previous_file(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
     assert AdaptQConfig.from_pretrained(tmp_path).delta_scaling == 0.5
+
+
+def test_figures_that_are_filled_in_late_are_checked_before_they_are_saved(tmp_path):
+    config = AdaptQConfig()
+    config.evaluation = {"general": 26.2}
+    with pytest.raises(ValueError, match=r"the config can't be saved: evaluation is \{'general': 26.2\}; allowed"):
+        config.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_adapter_chosen_by_an_unknown_strategy_still_loads(tmp_path):

@@ -20,6 +20,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+import adaptq_peft
 from adaptq_peft import AdaptQConfig, hotswap_adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -205,7 +206,8 @@ class HubHandler(BaseHTTPRequestHandler):
             if entry["key"] == "file":
                 file = entry["value"]
                 self.server.repos[repo_id][file["path"]] = base64.b64decode(file["content"])
-        return self.answer({"commitUrl": "http://hub/commit", "commitOid": COMMITS["main"]})
+        url = f"http://{self.headers['Host']}/{repo_id}/commit/{COMMITS['main']}"
+        return self.answer({"commitUrl": url, "commitOid": COMMITS["main"]})
 
     def answer(self, content):
         self.reply(json.dumps(content).encode(), 200, {"Content-Type": "application/json"})
@@ -247,6 +249,7 @@ def client(hub, tmp_path):
             "HF_TOKEN": "hf_test",
             "HF_HUB_DISABLE_XET": "1",
             "NO_PROXY": "127.0.0.1",
+            "PYTHONPATH": str(Path(adaptq_peft.__file__).parents[1]),
         }
         result = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(code)],
@@ -330,8 +333,8 @@ def test_trainers_push_the_section(hub, client, base_on_hub):
         def config():
             return adaptq_peft.AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[2, 3])
 
-        common = dict(max_steps=1, report_to="none", per_device_train_batch_size=2, save_strategy="steps", save_steps=1)
-        arguments = SFTConfig("sft", hub_model_id="org/sft", push_to_hub=True, max_length=16, **common)
+        common = dict(max_steps=1, save_steps=1, report_to="none", per_device_train_batch_size=2, use_cpu=True)
+        arguments = SFTConfig("sft", bf16=False, hub_model_id="org/sft", push_to_hub=True, max_length=16, **common)
         data = Dataset.from_list([{"text": "In the year of the treaty"}] * 4)
         trainer = SFTTrainer("org/base", arguments, train_dataset=data, peft_config=config())
         trainer.train()

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 STAGES = ("base", "quantized", "trained")
 EVALUATION_FILE = "evaluation_texts.json"
 ADAPTER_FOLDER = "adapter"
+EVALUATED_ON = {"domain": "held-out documents of the domain", "general": "general prose"}
 
 
 def run_demo(
@@ -204,10 +205,22 @@ def _train(run: _Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, text
 
 
 def _save(run: _Run, model: PeftModel) -> None:
+    config: Any = model.peft_config["default"]
+    config.evaluation = _model_card_figures(run)
     with run.timed("save"):
         model.save_pretrained(str(run.folder / ADAPTER_FOLDER))
     files = sorted((run.folder / ADAPTER_FOLDER).iterdir())
     run.report["adapter_bytes"] = {file.name: file.stat().st_size for file in files}
+
+
+def _model_card_figures(run: _Run) -> dict[str, dict[str, Any]]:
+    """The measured perplexities in the form of `AdaptQConfig.evaluation`."""
+    names = {"base": "base", "quantized": "quantized", "trained": "adapted"}
+    return {
+        name: {"text": f"{about}, {run.perplexities['base'][name].num_tokens:,} tokens"}
+        | {names[stage]: figures[name].value for stage, figures in run.perplexities.items()}
+        for name, about in EVALUATED_ON.items()
+    }
 
 
 def _show_results(run: _Run) -> None:

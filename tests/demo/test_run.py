@@ -57,6 +57,21 @@ def test_second_process_has_the_same_perplexities(finished):
     assert "exactly the same perplexities" in printed
 
 
+def test_adapter_carries_its_figures_and_its_card_shows_them(finished):
+    report, folder, _ = finished
+    evaluation = json.loads((folder / "adapter" / "adapter_config.json").read_text())["evaluation"]
+    stages = {"base": "base", "quantized": "quantized", "adapted": "trained"}
+    for text, figures in evaluation.items():
+        for stage, reported in stages.items():
+            assert figures[stage] == report["perplexity"][reported][text]["perplexity"]
+    tokens = report["perplexity"]["base"]["domain"]["num_tokens"]
+    card = (folder / "adapter" / "README.md").read_text()
+    assert (
+        f"| domain: held-out documents of the domain, {tokens:,} tokens | {evaluation['domain']['base']:.2f} | "
+        in card
+    )
+
+
 def test_training_changed_the_model(finished):
     perplexity = finished[0]["perplexity"]
     assert perplexity["trained"]["domain"]["nll"] != perplexity["quantized"]["domain"]["nll"]
