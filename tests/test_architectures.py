@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from adaptq_peft import AdaptQConfig
+from adaptq_peft import AdaptQConfig, profile_activations
 from adaptq_peft.layer import AdaptQLayer
 from adaptq_peft.quantization import is_quantized
 from adaptq_peft.selection import find_blocks
@@ -156,6 +156,11 @@ def clip() -> Any:
         projection_dim=64,
     )
 
+
+BOTH_TOWERS = {
+    "clip": ("text_model.encoder.layers", "vision_model.encoder.layers"),
+    "gemma3": ("model.vision_tower.encoder.layers", "model.language_model.layers"),
+}
 
 CASES = {
     "llama": Case("LlamaForCausalLM", config("LlamaConfig", **GROUPED), causal),
@@ -326,3 +331,34 @@ def test_from_profile_to_merge(name, tmp_path):
     assert not any(isinstance(module, AdaptQLayer) or is_quantized(module) for module in merged.modules())
     for found, expected in zip(outputs(merged, batch), trained, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", BOTH_TOWERS)
+@pytest.mark.filterwarnings("ignore")
+def test_both_towers(name, tmp_path):
+    """layers_pattern takes the blocks of both, in whichever order they run."""
+    case, patterns = CASES[name], BOTH_TOWERS[name]
+    model, fresh = case.build(), case.build()
+    data, batch = draw(case, 50, seed=2), torch.utils.data.default_collate(draw(case, 4, seed=1)) | case.with_loss
+
+    separate = [profile_activations(model, data, layers_pattern=pattern).magnitude for pattern in patterns]
+    both = profile_activations(model, data, layers_pattern=list(patterns)).magnitude
+    assert both == [*separate[0], *separate[1]]
+    assert min(both) > 0
+
+    ends = [f"{pattern}.{len(part) - 1}." for pattern, part in zip(patterns, separate, strict=True)]
+    last = [len(separate[0]) - 1, len(both) - 1]
+    adapter = AdaptQConfig(task_type=case.task_type, layers_pattern=list(patterns), layers_to_transform=last)
+    wrapped = get_peft_model(model, adapter)
+    trained = {path for path, p in wrapped.base_model.model.named_parameters() if p.requires_grad}
+    assert all(any(path.startswith(end) for path in trained) for end in ends)
+    assert all(path.startswith(tuple(ends)) for path in trained)
+
+    wrapped.train()
+    wrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    losses = train(wrapped, batch)  # checks that each delta gets a gradient
+    assert losses[-1] < losses[0]
+    expected = outputs(wrapped, batch)
+    wrapped.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(loaded, batch), expected, strict=True))

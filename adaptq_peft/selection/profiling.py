@@ -53,8 +53,8 @@ def profile_activations(
 ) -> ActivationProfile:
     """Profile the blocks of a model on calibration data (Algorithm 1 of the paper).
 
-    Forward passes only, stopped after the last block; running sums in float32; no activation is kept. Padding tokens
-    do not count. Hooks, training mode and flags of the model are as before afterwards, also after an error.
+    Forward passes only, stopped when all blocks have run; running sums in float32; no activation is kept. Padding
+    tokens do not count. Hooks, training mode and flags of the model are as before afterwards, also after an error.
 
     Args:
         model: a model with transformer blocks, on its device.
@@ -104,7 +104,7 @@ def profile_activations(
 
 
 class _StopForward(Exception):
-    """Ends a forward pass after the last block."""
+    """Ends a forward pass when all blocks have run."""
 
 
 class _RunningSums:
@@ -117,6 +117,7 @@ class _RunningSums:
         self.num_samples = 0
         self.num_tokens = 0
         self._masks: list[torch.Tensor] = []
+        self._not_run: set[int] = set()
 
     def begin(self, batch: Batch) -> None:
         """Take note of the batch that the next forward pass runs on."""
@@ -129,6 +130,7 @@ class _RunningSums:
                     f"calibration sample {self.num_samples + empty[0]} has no tokens: its attention mask is all zero. "
                     "Remove empty samples."
                 )
+        self._not_run = set(range(len(self.blocks)))
         self.num_samples += batch_sample_count(batch)
         if self._masks:
             self.num_tokens += int(self._masks[0].sum())
@@ -136,7 +138,10 @@ class _RunningSums:
             self.num_tokens += batch["input_ids"].numel()
 
     def add(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Add block `index`, with input `before` and output `after`, both [samples, tokens, features]."""
+        """Add block `index`, with input `before` and output `after`, both [samples, tokens, features].
+
+        Raises _StopForward when all blocks have run.
+        """
         if before.shape != after.shape:
             raise ValueError(
                 f"block {index} ({self.blocks[index].name}) turns hidden states of shape {tuple(before.shape)} into "
@@ -147,6 +152,13 @@ class _RunningSums:
         update = change / torch.linalg.vector_norm(before, dim=-1, dtype=torch.float32).clamp_min(1e-12)
         self.magnitude[index] += self._sample_means(magnitude).sum()
         self.update[index] += self._sample_means(update).sum()
+        self._not_run.discard(index)
+        if not self._not_run:  # towers of a model run in another order than they are listed in
+            raise _StopForward
+
+    def first_not_run(self) -> str:
+        """Name of the first block that has not run on this batch."""
+        return self.blocks[min(self._not_run)].name
 
     def _sample_means(self, values: torch.Tensor) -> torch.Tensor:
         """Mean over the real tokens of each sample: [samples, tokens] to [samples]."""
@@ -186,8 +198,8 @@ def _profile_batches(model: nn.Module, blocks: list[Block], batches: list[Batch]
             except _StopForward:
                 continue
             raise ValueError(
-                f"the last block {blocks[-1].name} did not run in a forward pass of {type(model).__name__}; check "
-                "layers_pattern"
+                f"the block {sums.first_not_run()} did not run in a forward pass of {type(model).__name__}; check "
+                "layers_pattern, and that the calibration data has an input for each part of the model"
             )
     return sums
 
@@ -198,8 +210,6 @@ def _hooks(blocks: list[Block], sums: _RunningSums) -> Iterator[None]:
     try:
         for block in blocks:
             handles.append(block.module.register_forward_hook(_recorder(block.index, sums), with_kwargs=True))
-        last = blocks[-1].module.register_forward_hook(_stop)
-        handles.append(last)
         yield
     finally:
         for handle in handles:
@@ -220,7 +230,3 @@ def _hidden_states(values: Any) -> torch.Tensor:
     if isinstance(values, Mapping):
         return values["hidden_states"] if "hidden_states" in values else next(iter(values.values()))
     return values[0]
-
-
-def _stop(module: nn.Module, args: Any, output: Any) -> None:
-    raise _StopForward

@@ -181,5 +181,5 @@ def test_blocks_that_change_the_shape_cannot_be_profiled():
 
 def test_a_list_of_blocks_that_does_not_run(llama, samples):
     llama.extra = nn.ModuleList([nn.Linear(64, 64)])
-    with pytest.raises(ValueError, match=r"the last block extra\.0 did not run in a forward pass of LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=r"the block extra\.0 did not run in a forward pass of LlamaForCausalLM"):
         profile_activations(llama, samples, layers_pattern="extra")
