@@ -23,7 +23,7 @@ class FrozenPrefix:
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
         self._block_names: list[str] = []
-        self._hook: Any = None
+        self._hooks: list[Any] = []
 
     def set_blocks(self, block_names: list[str]) -> None:
         """Set the dotted names of the model's blocks, in the order in which they run; none for a model without."""
@@ -38,6 +38,14 @@ class FrozenPrefix:
                 return index
         return 0
 
+    def _lowest_trained(self) -> list[str]:
+        """Names of the lowest trained block of each list of blocks: a tower has an input of its own."""
+        lowest: dict[str, str] = {}
+        for name in self._block_names:
+            if any(parameter.requires_grad for parameter in self._model.get_submodule(name).parameters()):
+                lowest.setdefault(name.rpartition(".")[0], name)
+        return list(lowest.values()) or self._block_names[:1]
+
     def enable_input_require_grads(self) -> None:
         """Make the input of the lowest trained block require gradients, which reentrant checkpointing needs.
 
@@ -47,14 +55,14 @@ class FrozenPrefix:
         if not self._block_names:
             self._model.enable_input_require_grads()
             return
-        block = self._model.get_submodule(self._block_names[self.trained_from()])
-        self._hook = block.register_forward_pre_hook(_require_grad, with_kwargs=True)
+        blocks = map(self._model.get_submodule, self._lowest_trained())
+        self._hooks = [block.register_forward_pre_hook(_require_grad, with_kwargs=True) for block in blocks]
 
     def disable_input_require_grads(self) -> None:
         """Undo `enable_input_require_grads`, whether it was called here or on the model."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         if hasattr(self._model, "disable_input_require_grads"):
             self._model.disable_input_require_grads()
 
@@ -66,7 +74,7 @@ class FrozenPrefix:
 
     def refresh(self) -> None:
         """Follow a change of the trained blocks."""
-        if self._hook is not None:
+        if self._hooks:
             self.enable_input_require_grads()
 
     def enable_checkpointing(self, enable: Callable[..., None], *args: Any, **kwargs: Any) -> None:
