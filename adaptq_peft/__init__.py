@@ -6,9 +6,9 @@ Importing this package registers `PeftType.ADAPTQ` with PEFT.
 __version__ = "0.1.0"
 
 from .artifacts.hotswap import hotswap_adapter
+from .artifacts.lora_conversion import convert_to_lora
 from .artifacts.model_card import keep_section_when_cards_are_rewritten, update_model_card
 from .config import AdaptQConfig
-from .lora_conversion import convert_to_lora
 from .presplit import adaptq_bnb_config
 from .registration import register_tuner
 from .selection import ActivationProfile, SelectionRequest, profile_activations, register_selection_strategy

@@ -15,8 +15,8 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import BitsAndBytesConfig
 
+from .artifacts.checkpoint import check_weights_file
 from .artifacts.model_card import STAGES, update_model_card
-from .checkpoint import check_weights_file
 from .quantization import ORIGINAL_WEIGHTS, QUANTIZATION_NAMES
 from .registration import ensure_peft_type
 from .selection import ActivationProfile, selection_strategy_names, strategy_needs_general_profile

@@ -13,8 +13,22 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .artifacts.checkpoint import check_adapter_tensors
+from .artifacts.unloading import (
+    build_plain_layers,
+    drop_unneeded_forms,
+    put_plain_layers,
+    resolve_unloaded_form,
+    show_quantized_forms,
+)
+from .artifacts.weighted_adapter import (
+    check_modules_to_save,
+    combine_deltas,
+    combined_config,
+    copy_modules_to_save,
+    resolve_combination,
+)
 from .block_forms import BlockForms, QuantizationReport, Wishes
-from .checkpoint import check_adapter_tensors
 from .config import AdaptQConfig
 from .direct_reads import children_read_by
 from .fingerprint import check_base, fingerprint_base
@@ -25,20 +39,6 @@ from .offloading import kept_on_device
 from .plan import AdapterPlan, make_plan
 from .quantization import keep_gradients_on_cpu, resolve_quantization, skip_when_quantizing
 from .targets import is_excluded, match_by_peft
-from .unloading import (
-    build_plain_layers,
-    drop_unneeded_forms,
-    put_plain_layers,
-    resolve_unloaded_form,
-    show_quantized_forms,
-)
-from .weighted_adapter import (
-    check_modules_to_save,
-    combine_deltas,
-    combined_config,
-    copy_modules_to_save,
-    resolve_combination,
-)
 
 
 class AdaptQTuner(BaseTuner):

@@ -1,1 +1,1 @@
-"""What leaves the program: the model card beside a saved adapter, and adapters that replace a loaded one."""
+"""What leaves the program or comes back: saved adapters, their cards, combined and converted ones, unloaded models."""

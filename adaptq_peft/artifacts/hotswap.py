@@ -9,11 +9,11 @@ from peft.config import PeftConfig
 from peft.utils import get_peft_model_state_dict, load_peft_weights
 from torch import nn
 
-from ..checkpoint import check_adapter_tensors
 from ..config import AdaptQConfig
 from ..fingerprint import check_base
 from ..layer import AdaptQLayer
 from ..registration import NAME
+from .checkpoint import check_adapter_tensors
 
 #: What must be equal, because the modules on the model were made by it.
 _STRUCTURE = (

@@ -6,9 +6,9 @@ import warnings
 
 from torch import nn
 
-from .layer import AdaptQLayer
-from .module_names import base_name
-from .quantization import (
+from ..layer import AdaptQLayer
+from ..module_names import base_name
+from ..quantization import (
     OriginalWeights,
     dequantize_linear,
     forget_arrival,

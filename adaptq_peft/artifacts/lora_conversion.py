@@ -12,8 +12,8 @@ from peft.tuners.lora.conversion import convert_to_lora as peft_convert_to_lora
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from .config import AdaptQConfig
-from .layer import AdaptQLayer, AdaptQLinear
+from ..config import AdaptQConfig
+from ..layer import AdaptQLayer, AdaptQLinear
 
 
 def convert_to_lora(

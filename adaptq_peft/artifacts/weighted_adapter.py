@@ -11,8 +11,8 @@ import torch
 from peft.utils import ModulesToSaveWrapper, merge_utils
 from torch import nn
 
-from .config import AdaptQConfig
-from .layer import AdaptQLayer
+from ..config import AdaptQConfig
+from ..layer import AdaptQLayer
 
 Combination = Callable[[list[torch.Tensor], torch.Tensor], torch.Tensor]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from adaptq_peft.checkpoint import check_adapter_tensors, check_weights_file
+from adaptq_peft.artifacts.checkpoint import check_adapter_tensors, check_weights_file
 
 KEY = "base_model.model.model.layers.{}.mlp.up_proj.adaptq_delta.weight"
 
