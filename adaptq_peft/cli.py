@@ -18,7 +18,7 @@ app = typer.Typer(
 
 @app.callback()
 def main() -> None:
-    """Keeps `demo` a subcommand while it is the only one. Heavy imports are within the commands."""
+    """ADAPTQ for PEFT. `adaptq COMMAND --help` says more."""
 
 
 @app.command()
