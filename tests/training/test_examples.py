@@ -63,3 +63,11 @@ def test_sft_trainer(model_folder, texts, tmp_path):
     data.write_text("\n".join(map(json.dumps, chats)), encoding="utf-8")
     run("train_with_sft_trainer.py", "--model", model_folder, "--data", data, "--output", tmp_path / "adapter")
     assert_trained(model_folder, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("blocks", [(), ("--blocks", "0", "2")], ids=["restored", "split"])
+def test_a_qlora_script(model_folder, data, tmp_path, blocks):
+    pytest.importorskip("trl")
+    options = ("--model", model_folder, "--data", data, "--output", tmp_path / "adapter")
+    run("qlora_script.py", *options, *blocks)
+    assert_trained(model_folder, tmp_path / "adapter")
