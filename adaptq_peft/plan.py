@@ -110,7 +110,7 @@ def _blocks_of_targets(model: nn.Module, blocks: list[Block], config: AdaptQConf
     says_more = config.num_adapted_blocks or config.profile or config.calibration.data is not None
     if config.target_modules is None or says_more:
         return []
-    names = find_targets(model, None, config)
+    names = find_targets(model, blocks, config)
     named = [block.index for block in blocks if any(name.startswith(f"{block.name}.") for name in names)]
     return named if len(named) < len(blocks) else []
 

@@ -223,3 +223,15 @@ def test_other_settings_are_refused(base):
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"Adapters are merged into \d+ layers of this model, so a new one would"):
         model.add_adapter("second", config("second"))
+
+
+def test_targets_of_blocks_that_another_adapter_quantized(llama, batch):
+    wrapped = get_peft_model(
+        llama, AdaptQConfig(target_modules=["layers.0.mlp.up_proj"], original_weights="keep"), adapter_name="first"
+    )
+    wrapped.add_adapter("second", AdaptQConfig(target_modules=["layers.2.mlp.up_proj"]))
+    assert wrapped.peft_config["second"].layers_to_transform == [2]
+    wrapped.set_adapter("second")
+    assert [name for name, p in wrapped.named_parameters() if p.requires_grad] == [
+        "base_model.model.model.layers.2.mlp.up_proj.adaptq_delta.second.weight"
+    ]

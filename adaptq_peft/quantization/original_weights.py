@@ -41,7 +41,7 @@ class OriginalWeights:
         self._checkpoint = CheckpointWeights(model, revision=revision)
 
     def restore(self, name: str, quantized: nn.Module) -> nn.Module:
-        """A plain layer with the original weights of a quantized one, on the same device and in its original dtype.
+        """A plain, frozen layer with the original weights of a quantized one, on its device and in its original dtype.
 
         Args:
             name: dotted name of the layer in the model.
@@ -55,7 +55,7 @@ class OriginalWeights:
             return dequantize_linear(quantized)
         kept = origin_of(quantized).kept
         if kept is not None:
-            return kept.to(_device(quantized)).train(quantized.training)
+            return kept.to(_device(quantized)).train(quantized.training).requires_grad_(False)
         return self._from_checkpoint(base_name(name), quantized)
 
     def _from_checkpoint(self, name: str, quantized: nn.Module) -> nn.Module:
