@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adaptq_peft import AdaptQConfig, AdaptQTuner
 from adaptq_peft import tuner as tuner_module
-from adaptq_peft.layer import AdaptQLayer
+from adaptq_peft.layer import AdaptQLayer, LinearDelta
 from adaptq_peft.quantization import is_quantized
 from adaptq_peft.selection import find_blocks
 
@@ -47,7 +47,9 @@ class TestMaking:
             adapted = block.index in config.layers_to_transform
             layers = [m for m in block.module.modules() if isinstance(m, AdaptQLayer)]
             bases = {id(layer.base_layer) for layer in layers}
-            linears = [m for m in block.module.modules() if isinstance(m, (nn.Linear, Conv1D)) or is_quantized(m)]
+            linears = [
+                m for m in block.module.modules() if isinstance(m, (nn.Linear, Conv1D)) and type(m) is not LinearDelta
+            ]
             assert bool(layers) == adapted
             assert all(is_quantized(m) != adapted for m in linears)
             assert all((id(m) in bases) == adapted for m in linears)

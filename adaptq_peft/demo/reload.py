@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ..evaluation import Perplexity
 from .evaluate import EvaluationSet
@@ -64,8 +65,9 @@ def measure_saved_adapter(adapter: Path, evaluation: EvaluationSet) -> dict[str,
 
     import adaptq_peft  # noqa: F401  (registers the method with PEFT)
 
-    base_folder = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype="auto")
+    config: Any = PeftConfig.from_pretrained(str(adapter))
+    base_folder = config.base_model_name_or_path
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=config.base_fingerprint["dtype"])
     model = PeftModel.from_pretrained(base, str(adapter))
     return evaluation.measure(model, AutoTokenizer.from_pretrained(base_folder))
 

