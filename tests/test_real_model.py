@@ -38,6 +38,6 @@ def test_train_save_and_load_bit_identically(texts, tmp_path, train):
     losses = train(wrapped, batch, steps=4, lr=2e-4)
     assert losses[-1] < losses[0]
     wrapped.save_pretrained(tmp_path)
-    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=model.dtype)
     with torch.no_grad():
         assert torch.equal(loaded.eval()(**batch).logits, wrapped.eval()(**batch).logits)
