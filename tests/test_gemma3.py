@@ -18,7 +18,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adaptq_peft import AdaptQConfig, profile_activations
-from adaptq_peft.demo.model import convert_gguf
+from adaptq_peft.demo.model import convert_gguf, faster_dtype
 from adaptq_peft.demo.texts import load_demo_texts
 from adaptq_peft.evaluation import evaluate_perplexity
 
@@ -31,8 +31,7 @@ pytestmark = [
     ),
 ]
 WINDOW = 256
-#: Without these instructions a bfloat16 product with the vocabulary of 262k takes minutes.
-DTYPE = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+DTYPE = faster_dtype()  # without instructions for it a bfloat16 product with this vocabulary takes minutes
 
 
 @pytest.fixture(scope="module")
