@@ -1,0 +1,17 @@
+"""Calibrated 4-bit rounding: plain `Linear4bit` layers whose codes were chosen by what the layers see on text."""
+
+from .calibrate import (
+    CALIBRATION_METHODS,
+    CalibratedLinears,
+    CalibrationMethod,
+    quantize_calibrated,
+    resolve_calibration_method,
+)
+
+__all__ = [
+    "CALIBRATION_METHODS",
+    "CalibratedLinears",
+    "CalibrationMethod",
+    "quantize_calibrated",
+    "resolve_calibration_method",
+]

@@ -1,0 +1,234 @@
+"""Quantizes the frozen blocks one after the other, each on the inputs that the quantized ones before it really give.
+
+Blocks that are not quantized (the adapted ones, before any training) run as they are. Nothing of the model changes:
+each block is quantized in a copy, of which only the 4-bit layers are kept.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from ...evaluation_mode import evaluation_mode
+from ...selection import Block
+from ..settings import QuantizationSettings
+from .absmax_search import search_absmax
+from .block_stream import Batch, BlockStream, linears_by_input
+from .grid import GROUP_SIZE, Grid, GridWeight, StoredAbsmax, get_grid, largest_absmax, pack_linear, store_absmax
+from .rounding import damped, descend_by_coordinates, round_to_nearest, round_with_error_feedback
+
+
+@dataclass(frozen=True)
+class CalibrationMethod:
+    """How a weight is rounded, given the inputs of its layer.
+
+    Args:
+        search_absmax: whether the scales are searched, not just the largest magnitudes.
+        error_feedback: whether later columns make up for the error of earlier ones (GPTQ).
+        sweeps: visits of coordinate descent to each column afterwards.
+        damping: share of the mean squared input that is added to each column's.
+    """
+
+    search_absmax: bool = True
+    error_feedback: bool = True
+    sweeps: int = 0
+    damping: float = 0.01
+
+
+CALIBRATION_METHODS: dict[str, CalibrationMethod] = {
+    "absmax": CalibrationMethod(error_feedback=False),
+    "gptq": CalibrationMethod(search_absmax=False),
+    "descent": CalibrationMethod(sweeps=4),
+}
+"""The methods by name. "auto" is the best of them on models that were tried: see docs/results.md."""
+
+BEST_METHOD = "descent"
+
+
+@dataclass
+class CalibratedLinears:
+    """What calibrated quantization made.
+
+    Args:
+        layers: dotted name of each linear -> the `Linear4bit` to put in its place.
+        error: dotted name -> what part of the mean square of the layer's output the rounding changes, on the
+            calibration inputs.
+        plain: dotted name -> why it can't be calibrated. These are not in `layers`; round them plainly.
+    """
+
+    layers: dict[str, nn.Module] = field(default_factory=dict)
+    error: dict[str, float] = field(default_factory=dict)
+    plain: dict[str, str] = field(default_factory=dict)
+
+
+def resolve_calibration_method(name: str) -> CalibrationMethod:
+    """The method of a name; "auto" is the best.
+
+    Raises:
+        ValueError: if there is no such method.
+    """
+    method = CALIBRATION_METHODS.get(BEST_METHOD if name == "auto" else name)
+    if method is None:
+        raise ValueError(
+            f"quantization_calibration is {name!r}; allowed: None (plain rounding), 'auto' or one of "
+            f"{sorted(CALIBRATION_METHODS)}"
+        )
+    return method
+
+
+def quantize_calibrated(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    linears: Mapping[str, nn.Module],
+    settings: QuantizationSettings,
+    batches: Sequence[Batch],
+    method: CalibrationMethod,
+) -> CalibratedLinears:
+    """4-bit layers for linears of the frozen blocks, rounded so that the blocks' outputs on `batches` change little.
+
+    Args:
+        model: the model, on its device, in its own dtype. It is not changed.
+        blocks: all its blocks, as `find_blocks` gives them.
+        linears: dotted name -> `nn.Linear` or `Conv1D`, all within `blocks`: those to quantize.
+        settings: 4 bits, "nf4" or "fp4", nested absmax or not.
+        batches: keyword arguments for `model.forward`, as `calibration_batches` makes them. 16k tokens and more of
+            mixed text are recommended: text of one kind alone helps only that kind.
+        method: how to round.
+
+    Raises:
+        ValueError: if `settings` is not about 4 bits, there are no batches, or a block can't be run by itself.
+    """
+    if settings.bits != 4:
+        raise ValueError(f"calibrated quantization writes 4-bit layers, and the settings ask for {settings.bits} bits")
+    if not batches:
+        raise ValueError("calibrated quantization needs calibration batches, and there are none")
+    result = CalibratedLinears()
+    wanted = _calibratable(linears, result)
+    with evaluation_mode(model), torch.no_grad():
+        for stack in _stacks(blocks):
+            _quantize_stack(model, stack, wanted, settings, batches, method, result)
+    result.plain.update({name: "it did not run on the calibration text" for name in wanted if name not in result.layers})
+    return result
+
+
+def _calibratable(linears: Mapping[str, nn.Module], result: CalibratedLinears) -> dict[str, nn.Module]:
+    wanted: dict[str, nn.Module] = {}
+    for name, linear in linears.items():
+        in_features = linear_weight(linear).shape[1]
+        if in_features % GROUP_SIZE:
+            result.plain[name] = f"in_features {in_features} is no multiple of {GROUP_SIZE}: groups cross rows"
+        else:
+            wanted[name] = linear
+    return wanted
+
+
+def _stacks(blocks: Iterable[Block]) -> list[list[Block]]:
+    """Runs of blocks that feed each other: an encoder's and a decoder's are two."""
+    return [list(stack) for _, stack in groupby(blocks, key=lambda block: block.name.rpartition(".")[0])]
+
+
+def _quantize_stack(
+    model: nn.Module,
+    stack: Sequence[Block],
+    wanted: Mapping[str, nn.Module],
+    settings: QuantizationSettings,
+    batches: Sequence[Batch],
+    method: CalibrationMethod,
+    result: CalibratedLinears,
+) -> None:
+    names = {block.name: [name for name in wanted if name.startswith(f"{block.name}.")] for block in stack}
+    touched = [index for index, block in enumerate(stack) if names[block.name]]
+    if not touched:
+        return
+    stream = BlockStream.open(model, stack[touched[0] : touched[-1] + 1], batches)
+    for block in tqdm(stack[touched[0] : touched[-1] + 1], desc="Calibrating blocks", unit="block", delay=2):
+        if names[block.name]:
+            stream.advance(block, _quantize_block(stream, block, names[block.name], settings, method, result))
+        else:
+            stream.advance(block)
+
+
+def _quantize_block(
+    stream: BlockStream,
+    block: Block,
+    names: Sequence[str],
+    settings: QuantizationSettings,
+    method: CalibrationMethod,
+    result: CalibratedLinears,
+) -> nn.Module:
+    """Quantize the linears of a block in the order in which they run; returns a copy that computes as quantized."""
+    quantized = copy.deepcopy(block.module)
+    start = f"{block.name}."
+    for group in linears_by_input(stream, block, quantized, [name.removeprefix(start) for name in names]):
+        moment = second_moment(stream.inputs_of(block, quantized, quantized.get_submodule(group[0])))
+        for name in group:
+            linear = quantized.get_submodule(name)
+            weight = linear_weight(linear).float()
+            rounded = quantize_weight(weight, moment, settings, method, linear.weight.dtype)
+            original = block.module.get_submodule(name)
+            result.layers[start + name] = pack_linear(rounded, original, settings)
+            result.error[start + name] = relative_error(weight, rounded.values(settings), moment)
+            values = rounded.values(settings)
+            linear.weight.data = values.t().contiguous() if isinstance(linear, Conv1D) else values
+    return quantized
+
+
+def second_moment(inputs: Iterable[Tensor]) -> Tensor:
+    """The mean of x x^T over all tokens of all batches [tokens, in]: float32 [in, in]."""
+    total, count = None, 0
+    for batch in inputs:
+        rows = batch.float()
+        product = rows.t() @ rows
+        total = product if total is None else total.add_(product)
+        count += len(rows)
+    if total is None:
+        raise ValueError("the layer did not run on any calibration batch")
+    return total / count
+
+
+def linear_weight(linear: nn.Module) -> Tensor:
+    """The weight of `nn.Linear` or `Conv1D` as [out, in]."""
+    weight: Tensor = linear.weight.data  # type: ignore[assignment]
+    return weight.t() if isinstance(linear, Conv1D) else weight
+
+
+def quantize_weight(
+    weight: Tensor, moment: Tensor, settings: QuantizationSettings, method: CalibrationMethod, dtype: torch.dtype
+) -> GridWeight:
+    """Round one weight by a method.
+
+    Args:
+        weight: [out, in], float32, `in` a multiple of 64.
+        moment: mean of x x^T over the layer's inputs, [in, in], float32.
+        settings: the 4-bit type and the nesting of absmax.
+        method: how.
+        dtype: dtype in which the weight will be read back.
+    """
+    grid = get_grid(settings.quant_type, weight.device)
+    moment = damped(moment, method.damping)
+    absmax = search_absmax(weight, moment.diagonal(), grid) if method.search_absmax else largest_absmax(weight)
+    scales = store_absmax(absmax, settings.nested_absmax)
+    return GridWeight(_round(weight, scales, moment, grid, method), scales, dtype)
+
+
+def _round(weight: Tensor, scales: StoredAbsmax, moment: Tensor, grid: Grid, method: CalibrationMethod) -> Tensor:
+    absmax = torch.where(scales.absmax == 0, torch.finfo(torch.float32).tiny, scales.absmax)
+    round_once = round_with_error_feedback if method.error_feedback else None
+    indices = round_once(weight, absmax, moment, grid) if round_once else round_to_nearest(weight, absmax, grid)
+    if method.sweeps:
+        indices = descend_by_coordinates(weight, indices, absmax, moment, grid, method.sweeps)
+    return indices
+
+
+def relative_error(weight: Tensor, values: Tensor, moment: Tensor) -> float:
+    """tr(E H E^T) / tr(W H W^T) with E = W - Q: what part of the output's mean square the rounding changes."""
+    error = weight - values.float()
+    power = ((weight @ moment) * weight).sum()
+    return float(((error @ moment) * error).sum() / power.clamp_min(torch.finfo(torch.float32).tiny))
