@@ -116,9 +116,7 @@ class BlockStream:
         return (self.hidden[0], *call.args), call.kwargs
 
 
-def linears_by_input(
-    stream: BlockStream, block: Block, module: nn.Module, names: Sequence[str]
-) -> list[list[str]]:
+def linears_by_input(stream: BlockStream, block: Block, module: nn.Module, names: Sequence[str]) -> list[list[str]]:
     """Layers of a block in the order in which they run; those that read the same tensor (q, k, v) are together.
 
     Args:

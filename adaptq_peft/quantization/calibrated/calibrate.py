@@ -22,7 +22,7 @@ from ..settings import QuantizationSettings
 from .absmax_search import search_absmax
 from .block_stream import Batch, BlockStream, linears_by_input
 from .grid import GROUP_SIZE, Grid, GridWeight, StoredAbsmax, get_grid, largest_absmax, pack_linear, store_absmax
-from .rounding import damped, descend_by_coordinates, round_to_nearest, round_with_error_feedback
+from .rounding import damped, descend_by_coordinates, round_to_nearest, round_with_error_feedback, uncorrectable
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class CalibrationMethod:
 CALIBRATION_METHODS: dict[str, CalibrationMethod] = {
     "absmax": CalibrationMethod(error_feedback=False),
     "gptq": CalibrationMethod(search_absmax=False),
-    "descent": CalibrationMethod(sweeps=4),
+    "descent": CalibrationMethod(sweeps=2),
 }
 """The methods by name. "auto" is the best of them on models that were tried: see docs/results.md."""
 
@@ -114,7 +114,11 @@ def quantize_calibrated(
     with evaluation_mode(model), torch.no_grad():
         for stack in _stacks(blocks):
             _quantize_stack(model, stack, wanted, settings, batches, method, result)
-    result.plain.update({name: "it did not run on the calibration text" for name in wanted if name not in result.layers})
+    for name, layer in result.layers.items():
+        layer.train(linears[name].training)
+    result.plain.update(
+        {name: "it did not run on the calibration text" for name in wanted if name not in result.layers}
+    )
     return result
 
 
@@ -213,7 +217,8 @@ def quantize_weight(
     """
     grid = get_grid(settings.quant_type, weight.device)
     moment = damped(moment, method.damping)
-    absmax = search_absmax(weight, moment.diagonal(), grid) if method.search_absmax else largest_absmax(weight)
+    importance = uncorrectable(moment) if method.error_feedback else moment.diagonal()
+    absmax = search_absmax(weight, importance, grid) if method.search_absmax else largest_absmax(weight)
     scales = store_absmax(absmax, settings.nested_absmax)
     return GridWeight(_round(weight, scales, moment, grid, method), scales, dtype)
 

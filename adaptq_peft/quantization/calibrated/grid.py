@@ -45,7 +45,7 @@ class Grid:
 
     def indices(self, values: Tensor) -> Tensor:
         """The place in `levels` of the nearest level of each value, int64 of the same shape."""
-        return torch.bucketize(values, self.boundaries)
+        return torch.bucketize(values.contiguous(), self.boundaries)
 
 
 @cache

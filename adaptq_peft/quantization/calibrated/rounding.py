@@ -25,6 +25,14 @@ def damped(second_moment: Tensor, damping: float) -> Tensor:
     return second_moment + torch.diag(torch.full_like(second_moment.diagonal(), float(damping * mean)))
 
 
+def uncorrectable(second_moment: Tensor) -> Tensor:
+    """1 / diag(H^-1), [in]: what a unit error in a column costs once all other columns have made up for it.
+
+    The saliency of Optimal Brain Surgeon (Hassibi and Stork 1993), which weighs columns for error feedback.
+    """
+    return 1 / torch.cholesky_inverse(torch.linalg.cholesky(second_moment)).diagonal()
+
+
 def round_to_nearest(weight: Tensor, absmax: Tensor, grid: Grid) -> Tensor:
     """The place in `grid.levels` of the nearest value of each weight: uint8 [out, in].
 
@@ -56,7 +64,9 @@ def round_with_error_feedback(weight: Tensor, absmax: Tensor, second_moment: Ten
     indices = torch.empty_like(left, dtype=torch.uint8)
     for start in range(0, len(left), COLUMNS_AT_ONCE):
         stop = min(start + COLUMNS_AT_ONCE, len(left))
-        errors = _feed_back(left[start:stop], scales[start:stop], factor[start:stop, start:stop], indices[start:stop], grid)
+        errors = _feed_back(
+            left[start:stop], scales[start:stop], factor[start:stop, start:stop], indices[start:stop], grid
+        )
         left[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
     restored = torch.empty_like(indices)
     restored[order] = indices

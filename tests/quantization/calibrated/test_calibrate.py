@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from torch import nn
+
+from adaptq_peft.quantization import quantize_linear
+from adaptq_peft.quantization.calibrated import (
+    CALIBRATION_METHODS,
+    CalibrationMethod,
+    quantize_calibrated,
+    resolve_calibration_method,
+)
+from adaptq_peft.quantization.calibrated.block_stream import BlockStream, linears_by_input
+from adaptq_peft.quantization.settings import QuantizationSettings
+from adaptq_peft.selection import find_blocks
+from adaptq_peft.selection.calibration import calibration_batches
+
+NF4 = QuantizationSettings(bits=4)
+LINEARS = ("Linear", "Conv1D")
+
+
+def linears_of(blocks):
+    return {
+        f"{block.name}.{name}": module
+        for block in blocks
+        for name, module in block.module.named_modules()
+        if type(module).__name__ in LINEARS
+    }
+
+
+def batches_for(model, samples, **changes):
+    return calibration_batches(model, samples, **{"samples": 60, "max_length": 32, "batch_size": 16, **changes})
+
+
+def put_in(model, layers):
+    changed = copy.deepcopy(model)
+    for name, layer in layers.items():
+        changed.set_submodule(name, copy.deepcopy(layer))
+    return changed.eval()
+
+
+@torch.no_grad()
+def distance(model, other, batches):
+    """Mean squared difference of the outputs on real tokens."""
+    total = count = 0
+    for batch in batches:
+        mask = batch["attention_mask"].bool()
+        difference = (model(**batch).logits - other(**batch).logits)[mask]
+        total, count = total + float(difference.square().sum()), count + difference.numel()
+    return total / count
+
+
+def wide(make_model, kind):
+    """Weights large enough that rounding them matters, inputs correlated enough that the choice does."""
+    model = make_model(kind, num_layers=4).eval()
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data = torch.randn_like(parameter) * 0.08
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("frozen", [[0, 1], [2, 3], [0, 2]])
+def test_each_method_is_closer_to_the_original_than_plain_rounding(make_model, samples, kind, frozen):
+    model = wide(make_model, kind)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    blocks, batches = find_blocks(model), batches_for(model, samples)
+    chosen = linears_of([blocks[index] for index in frozen])
+    plain = put_in(model, {name: quantize_linear(linear, NF4) for name, linear in chosen.items()})
+    limit = distance(model, plain, batches)
+    for name, method in CALIBRATION_METHODS.items():
+        result = quantize_calibrated(model, blocks, chosen, NF4, batches, method)
+        assert set(result.layers) == set(chosen)
+        assert not result.plain
+        assert all(0 < error < 0.02 for error in result.error.values())
+        assert distance(model, put_in(model, result.layers), batches) < 0.85 * limit, name
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_layers_see_the_inputs_that_the_quantized_ones_before_give(make_model, samples):
+    """The second moment of the last layer equals that of the finished model, to the precision of its kernels."""
+    model = wide(make_model, "llama")
+    blocks, batches = find_blocks(model), batches_for(model, samples)
+    chosen = linears_of(blocks[1:3])
+    result = quantize_calibrated(model, blocks, chosen, NF4, batches, CALIBRATION_METHODS["gptq"])
+    finished = put_in(model, result.layers)
+    stream = BlockStream.open(finished, find_blocks(finished)[1:3], batches)
+    with torch.no_grad():
+        stream.advance(find_blocks(finished)[1])
+        block = find_blocks(finished)[2]
+        inputs = torch.cat(list(stream.inputs_of(block, block.module, block.module.mlp.down_proj)))
+    moment = inputs.t() @ inputs / len(inputs)
+    name = f"{block.name}.mlp.down_proj"
+    weight, layer = chosen[name].weight.data, result.layers[name]
+    error = weight - dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    expected = ((error @ moment) * error).sum() / ((weight @ moment) * weight).sum()
+    assert result.error[name] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_padding_is_no_evidence(make_model, samples):
+    model = wide(make_model, "llama")
+    blocks, chosen = find_blocks(model), linears_of(find_blocks(model)[:1])
+    one_by_one = batches_for(model, samples, batch_size=1)
+    padded = batches_for(model, samples)
+    junk = [
+        {**batch, "input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 50)} for batch in padded
+    ]
+    assert any((batch["attention_mask"] == 0).any() for batch in padded)
+    method = CALIBRATION_METHODS["absmax"]
+    results = [quantize_calibrated(model, blocks, chosen, NF4, batches, method) for batches in (one_by_one, junk)]
+    for name in chosen:
+        assert results[0].error[name] == pytest.approx(results[1].error[name], rel=1e-4)
+
+
+def test_shapes_that_cross_rows_are_named_and_left(make_model, samples):
+    model = make_model("llama", intermediate_size=96).eval()
+    blocks = find_blocks(model)
+    chosen = linears_of(blocks[:2])
+    result = quantize_calibrated(model, blocks, chosen, NF4, batches_for(model, samples), CalibrationMethod())
+    down = {name for name in chosen if name.endswith("down_proj")}
+    assert result.plain == dict.fromkeys(down, "in_features 96 is no multiple of 64: groups cross rows")
+    assert set(result.layers) == set(chosen) - down
+
+
+def test_layers_that_do_not_run_are_named(make_model, samples):
+    model = make_model("llama").eval()
+    blocks = find_blocks(model)
+    blocks[0].module.spare = nn.Linear(64, 64)
+    result = quantize_calibrated(
+        model, blocks, linears_of(blocks[:1]), NF4, batches_for(model, samples), CalibrationMethod()
+    )
+    assert result.plain == {f"{blocks[0].name}.spare": "it did not run on the calibration text"}
+
+
+def test_bfloat16_and_training_mode_stay(make_model, samples):
+    model = make_model("llama").to(torch.bfloat16).train()
+    blocks = find_blocks(model)
+    chosen = linears_of(blocks[:1])
+    result = quantize_calibrated(model, blocks, chosen, NF4, batches_for(model, samples), CalibrationMethod())
+    assert all(module.training for module in model.modules())
+    assert all(layer.training for layer in result.layers.values())
+    assert {layer.weight.quant_state.dtype for layer in result.layers.values()} == {torch.bfloat16}
+
+
+def test_the_same_input_is_found(make_model, samples):
+    model = make_model("llama").eval()
+    block = find_blocks(model)[0]
+    stream = BlockStream.open(model, [block], batches_for(model, samples))
+    names = ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", *(f"self_attn.{x}_proj" for x in "oqkv")]
+    groups = linears_by_input(stream, block, block.module, names)
+    assert [sorted(group) for group in groups] == [
+        ["self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"],
+        ["self_attn.o_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"],
+        ["mlp.down_proj"],
+    ]
+
+
+def test_bad_input_is_named(make_model, samples):
+    model = make_model("llama").eval()
+    blocks, batches = find_blocks(model), batches_for(model, samples)
+    chosen = linears_of(blocks[:1])
+    with pytest.raises(ValueError, match="writes 4-bit layers, and the settings ask for 8 bits"):
+        quantize_calibrated(model, blocks, chosen, QuantizationSettings(bits=8), batches, CalibrationMethod())
+    with pytest.raises(ValueError, match="needs calibration batches, and there are none"):
+        quantize_calibrated(model, blocks, chosen, NF4, [], CalibrationMethod())
+    with pytest.raises(ValueError, match=r"quantization_calibration is 'awq'; allowed: None .* or one of \['absmax'"):
+        resolve_calibration_method("awq")
+
+
+def test_auto_is_one_of_the_methods():
+    assert resolve_calibration_method("auto") in CALIBRATION_METHODS.values()
+    assert resolve_calibration_method("gptq") is CALIBRATION_METHODS["gptq"]
