@@ -1,8 +1,8 @@
 """Searches the absmax of each group, so that the weighted rounding error is least, instead of taking the maximum.
 
-A smaller absmax clips the largest weight of a group and rounds all others on a finer grid; weights are the mean squared
-inputs of the columns, as in AWQ's clipping search (Lin et al. 2023, arXiv:2306.00978) and llama.cpp's importance matrix.
-A negative absmax mirrors the asymmetric NF4 grid (the signed normalisation of BOF4-S, arXiv:2505.06653).
+A smaller absmax clips the largest weight of a group and rounds all others on a finer grid (AWQ's clipping search, Lin
+et al. 2023, arXiv:2306.00978). A negative absmax mirrors the asymmetric NF4 grid (the signed normalisation of BOF4-S,
+arXiv:2505.06653).
 """
 
 from __future__ import annotations

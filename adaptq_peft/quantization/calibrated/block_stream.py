@@ -1,19 +1,18 @@
 """Runs a model block by block: what the calibration batches are at the entry of each block, one block at a time.
 
-One forward pass of the model records with which arguments (masks, position embeddings, ...) each block is called, and the
-hidden states at the entry of the first block that matters. From there on only blocks run. So memory holds the hidden
-states of all calibration tokens once, [tokens, features], and the cost is that of a few forward passes.
+One forward pass of the model records with which arguments (masks, position embeddings, ...) each block is called, and
+the hidden states at the entry of the first block that matters. From there on only blocks run. So memory holds the
+hidden states of all calibration tokens once, [tokens, features], and the cost is that of a few forward passes.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...selection import Block
@@ -62,7 +61,7 @@ class BlockStream:
         stream = cls([], [_mask(batch) for batch in batches], {block.name: [] for block in blocks})
         device = next(model.parameters()).device
         extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-        with _hooks([(b.module, stream._recorder(b, first=b is blocks[0])) for b in blocks], _stop_after(blocks[-1])):
+        with _hooks([(b.module, stream._recorder(b, first=b is blocks[0])) for b in blocks], blocks[-1].module):
             for batch in batches:
                 inputs = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
                 _run_until_stopped(model, (), {**extra, **inputs})
@@ -164,10 +163,6 @@ def _stop(*_: Any) -> None:
     raise _StopForward
 
 
-def _stop_after(block: Block) -> nn.Module:
-    return block.module
-
-
 @contextmanager
 def _hooks(recorders: Sequence[tuple[nn.Module, Callable[..., None]]], last: nn.Module) -> Iterator[None]:
     handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module, record in recorders]
@@ -195,7 +190,5 @@ def _catch_input(layer: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _run_until_stopped(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    try:
+    with suppress(_StopForward):
         module(*args, **kwargs)
-    except _StopForward:
-        pass

@@ -1,9 +1,9 @@
 """The values that a 4-bit weight of bitsandbytes can take, and the layer that holds exactly these values.
 
-bitsandbytes stores a weight [out, in] as consecutive groups of 64 codes with one float, absmax, each; a code stands for
-`level[code] * absmax`. When `in` is a multiple of 64 a group is 64 neighbouring input columns of one row, which is what
-calibrated rounding needs. The levels of NF4 are asymmetric (-1 to 1, 7 below zero and 8 above), so a negative absmax
-mirrors them: another 4-bit grid at no cost. Nested absmax (8 bits, QLoRA's "double quantization") takes either sign.
+bitsandbytes stores a weight [out, in] as consecutive groups of 64 codes with one float, absmax, each; a code stands
+for `level[code] * absmax`. When `in` is a multiple of 64 a group is 64 neighbouring input columns of one row, which is
+what calibrated rounding needs. The levels of NF4 are asymmetric (-1 to 1, 7 below zero and 8 above), so a negative
+absmax mirrors them: another grid at no cost. Nested absmax (8 bits, QLoRA's "double quantization") takes either sign.
 """
 
 from __future__ import annotations

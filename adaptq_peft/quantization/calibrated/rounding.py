@@ -1,9 +1,10 @@
 """Rounds a weight to the grid so that the layer's output on calibration inputs changes least.
 
-All of it minimises tr(E H E^T), E = W - Q, with H the mean of x x^T over calibration inputs x: the mean squared error of
-the layer's output. `round_with_error_feedback` is GPTQ (Frantar et al. 2022, arXiv:2210.17323); `descend_by_coordinates`
-starts where GPTQ ends and visits each column again, given all others (QuantEase, Behdin et al. 2023, arXiv:2309.01885).
-The scales are fixed before ("static groups"), quantized themselves if they are nested: the rounding makes up for that.
+All of it minimises tr(E H E^T), E = W - Q, with H the mean of x x^T over calibration inputs x: the mean squared error
+of the layer's output. `round_with_error_feedback` is GPTQ (Frantar et al. 2022, arXiv:2210.17323);
+`descend_by_coordinates` starts where GPTQ ends and visits each column again, given all others (QuantEase, Behdin et
+al. 2023, arXiv:2309.01885). The scales are fixed before ("static groups"), already quantized if they are nested: the
+rounding makes up for that.
 """
 
 from __future__ import annotations
