@@ -7,11 +7,13 @@ from .calibrate import (
     quantize_calibrated,
     resolve_calibration_method,
 )
+from .distillation import DistillationSettings
 
 __all__ = [
     "CALIBRATION_METHODS",
     "CalibratedLinears",
     "CalibrationMethod",
+    "DistillationSettings",
     "quantize_calibrated",
     "resolve_calibration_method",
 ]

@@ -1,8 +1,8 @@
 """Tunes what costs no bits, so that the quantized model predicts what the original predicts.
 
 Rounding leaves each block a little wrong, and the errors add up over the depth. Two kinds of numbers can make up for
-part of it without a bit more: the scale of each output row of a 4-bit layer, which is a factor on its absmax values, and
-the norms' weights, which stay in 16 bits anyway. They are trained by knowledge distillation (Hinton et al. 2015,
+part of it without a bit more: the scale of each output row of a 4-bit layer, which is a factor on its absmax values,
+and the norms' weights, which stay in 16 bits anyway. They are trained by knowledge distillation (Hinton et al. 2015,
 arXiv:1503.02531): KL(original || quantized) over the next token, on the calibration text. The codes do not change.
 Scales of quantized weights are learned in FLUTE, too (arXiv:2407.10960).
 """

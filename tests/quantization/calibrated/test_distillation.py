@@ -97,7 +97,7 @@ def test_predictions_come_closer_and_the_model_is_as_before(make_model, samples,
 
 
 def test_a_model_without_logits_is_refused(make_model, samples):
-    model, layers, norms, batches = prepared(make_model, samples)
+    model, layers, _, batches = prepared(make_model, samples)
     with pytest.raises(ValueError, match="LlamaModel returns no logits"):
         distill(
             model.model, {k.removeprefix("model."): v for k, v in layers.items()}, [], batches, DistillationSettings()
