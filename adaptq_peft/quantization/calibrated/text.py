@@ -1,0 +1,75 @@
+"""The text that calibrated quantization looks at: a mix, because text of one kind helps only that kind.
+
+What the model writes itself, sampled from its BOS token, is always part of it: it stands for all that the model knows
+(LLM-QAT, Liu et al. 2023, arXiv:2305.17888), and it is what carries over to texts of kinds that nobody gave.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from ...selection.calibration import SELF_WRITTEN_LENGTH, calibration_batches, write_calibration_samples
+from .block_stream import Batch
+
+CALIBRATION_TOKENS = 24_576
+"""Tokens looked at in all. More help, slowly: see docs/experiment_log.md."""
+
+
+def mixed_calibration_batches(
+    model: nn.Module,
+    *data: Any,
+    tokenizer: Any = None,
+    tokens: int = CALIBRATION_TOKENS,
+    max_length: int = 512,
+    batch_size: int = 4,
+    seed: int = 0,
+) -> list[Batch]:
+    """Batches of equal shares, in tokens, of each kind of text and of text that the model writes itself.
+
+    Args:
+        model: the model, which has to be able to generate text if no data is given.
+        data: each kind of text (the domain's, general text), in any form that `AdaptQConfig.calibration_data` takes;
+            `None` is left out.
+        tokenizer: tokenizer for texts. Default `None`: that of the model's `name_or_path`.
+        tokens: tokens in all, about. A kind of which there is less than its share gives what it has.
+        max_length: tokens a sample is cut to.
+        batch_size: samples in a batch.
+        seed: seed of the model's own text.
+
+    Raises:
+        ValueError: if data is empty or in an unknown form, or there is none and the model can't write text.
+    """
+    given = [kind for kind in data if kind is not None]
+    share = tokens // (len(given) + 1)
+    options = {"tokenizer": tokenizer, "max_length": max_length, "batch_size": batch_size}
+    batches: list[Batch] = []
+    for kind in given:
+        found = calibration_batches(model, kind, samples=max(share // 16, 1), **options)
+        batches += _thin_out(found, share)
+    if can_write_text(model) or not given:
+        length = min(SELF_WRITTEN_LENGTH, max_length)
+        written = write_calibration_samples(model, math.ceil(share / length), length, seed=seed)
+        batches += calibration_batches(model, written, samples=len(written), **options)
+    return batches
+
+
+def can_write_text(model: nn.Module) -> bool:
+    """Whether the model is a causal language model that can write calibration text itself."""
+    config = getattr(model, "generation_config", None)
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    starts = (getattr(config, "bos_token_id", None), getattr(config, "eos_token_id", None))
+    return hasattr(model, "generate") and not is_encoder_decoder and any(start is not None for start in starts)
+
+
+def _thin_out(batches: list[Batch], tokens: int) -> list[Batch]:
+    """Evenly spaced batches that hold about `tokens` tokens, padding not counted; at least one."""
+    total = sum(_token_count(batch) for batch in batches)
+    kept = min(len(batches), max(round(len(batches) * tokens / max(total, 1)), 1))
+    return [batches[index * len(batches) // kept] for index in range(kept)]
+
+
+def _token_count(batch: Batch) -> int:
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else 0
