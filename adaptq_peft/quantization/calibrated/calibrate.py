@@ -194,13 +194,12 @@ def _quantize_block(
     for group in linears_by_input(stream, block, quantized, [name.removeprefix(start) for name in names]):
         moment = second_moment(stream.inputs_of(block, quantized, quantized.get_submodule(group[0])))
         for name in group:
-            linear = quantized.get_submodule(name)
-            weight = linear_weight(linear).float()
-            rounded = quantize_weight(weight, moment, settings, method, linear.weight.dtype)
-            original = block.module.get_submodule(name)
-            result.layers[start + name] = pack_linear(rounded, original, settings)
-            result.error[start + name] = relative_error(weight, rounded.values(settings), moment)
+            linear, original = quantized.get_submodule(name), block.module.get_submodule(name)
+            weight = linear_weight(original).float().contiguous()
+            rounded = quantize_weight(weight, moment, settings, method, linear_weight(original).dtype)
             values = rounded.values(settings)
+            result.layers[start + name] = pack_linear(rounded, original, settings)
+            result.error[start + name] = relative_error(weight, values, moment)
             linear.weight.data = values.t().contiguous() if isinstance(linear, Conv1D) else values
     return quantized
 

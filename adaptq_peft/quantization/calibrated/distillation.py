@@ -65,7 +65,7 @@ def distill(
     Raises:
         ValueError: if the model returns no logits.
     """
-    rows = {name: torch.zeros(layer.out_features, device=layer.weight.device) for name, layer in layers.items()}
+    rows = {name: _zero_rows(layer) for name, layer in layers.items()}
     originals = {name: model.get_parameter(name).detach() for name in vectors}
     shifts = {name: torch.zeros_like(original, dtype=torch.float32) for name, original in originals.items()}
     student = _Student(model, layers, rows, originals, shifts)
@@ -74,6 +74,12 @@ def distill(
     for name, layer in layers.items():
         rescale_rows(layer, 1 + rows[name].detach())
     return student.vectors()
+
+
+def _zero_rows(layer: nn.Module) -> Tensor:
+    """A zero for each output row of a `Linear4bit`, float32 [out]."""
+    weight: Any = layer.weight
+    return torch.zeros(weight.quant_state.shape[0], device=weight.device)
 
 
 @dataclass
@@ -134,7 +140,7 @@ def _divergence(
     model: nn.Module, student: _Student, batch: Batch, positions: int, generator: torch.Generator
 ) -> Tensor:
     """Mean KL(original || quantized) in nats over drawn positions of a batch, padding not counted."""
-    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    extra: dict[str, Any] = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     length = batch["input_ids"].shape[1]
     chosen = torch.randperm(length, generator=generator)[:positions].sort().values.to(batch["input_ids"].device)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
