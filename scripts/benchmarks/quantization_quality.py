@@ -27,11 +27,11 @@ from adaptq_peft.evaluation import degradation, evaluate_perplexity
 from adaptq_peft.quantization import quantize_linear, resolve_quantization
 from adaptq_peft.quantization.calibrated import (
     CALIBRATION_METHODS,
+    mixed_calibration_batches,
     quantize_calibrated,
     resolve_calibration_method,
 )
 from adaptq_peft.selection import find_blocks
-from adaptq_peft.selection.calibration import calibration_batches, write_calibration_samples
 
 SIDES = ("first", "last")
 
@@ -56,9 +56,10 @@ def calibration(model, tokenizer, arguments: argparse.Namespace, draw: int) -> l
     """Batches of equal shares of each calibration text and of what the model writes itself."""
     texts = [read_text(value.partition("=")[2]) for value in arguments.calibrate]
     share, length = arguments.tokens // (len(texts) + 1), arguments.length
-    samples = [window for text in texts for window in draw_windows(tokenizer, text, share, length, seed=draw)]
-    samples += write_calibration_samples(model, max(share // 128, 1), 128, seed=draw)
-    return calibration_batches(model, samples, samples=len(samples), max_length=length, batch_size=4)
+    windows = [draw_windows(tokenizer, text, share, length, seed=draw) for text in texts]
+    return mixed_calibration_batches(
+        model, *windows, tokens=arguments.tokens, max_length=length, batch_size=arguments.batch, seed=draw
+    )
 
 
 @contextmanager
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--draws", nargs="+", type=int, default=[0, 1, 2], help="seeds of the calibration text")
     parser.add_argument("--tokens", type=int, default=24_576, help="calibration tokens in all")
     parser.add_argument("--length", type=int, default=512, help="tokens in a window")
+    parser.add_argument("--batch", type=int, default=2, help="windows in a batch, which is a step of distillation")
     parser.add_argument("--test-tokens", type=int, default=20_480, help="tokens of each test text")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="dtype of activations")
     parser.add_argument("--output", type=Path, help="write every run as JSON to this file, after each run")

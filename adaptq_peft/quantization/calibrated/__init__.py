@@ -8,12 +8,14 @@ from .calibrate import (
     resolve_calibration_method,
 )
 from .distillation import DistillationSettings
+from .text import mixed_calibration_batches
 
 __all__ = [
     "CALIBRATION_METHODS",
     "CalibratedLinears",
     "CalibrationMethod",
     "DistillationSettings",
+    "mixed_calibration_batches",
     "quantize_calibrated",
     "resolve_calibration_method",
 ]

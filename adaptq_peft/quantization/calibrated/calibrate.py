@@ -51,9 +51,10 @@ CALIBRATION_METHODS: dict[str, CalibrationMethod] = {
     "descent": CalibrationMethod(sweeps=2),
     "distilled": CalibrationMethod(sweeps=2, distillation=DistillationSettings()),
 }
-"""The methods by name. "auto" is the best of them on models that were tried: see docs/results.md."""
+"""The methods by name."""
 
-BEST_METHOD = "distilled"
+BEST_METHOD = "descent"
+"""What "auto" means."""
 
 
 @dataclass
@@ -75,7 +76,7 @@ class CalibratedLinears:
 
 
 def resolve_calibration_method(name: str) -> CalibrationMethod:
-    """The method of a name; "auto" is the best.
+    """The method of a name; "auto" is `BEST_METHOD`.
 
     Raises:
         ValueError: if there is no such method.

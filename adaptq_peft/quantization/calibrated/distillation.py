@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from ...evaluation_mode import evaluation_mode
 from .block_stream import Batch
 from .grid import rescale_rows
+from .text import can_write_text
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,13 @@ def distill(
         The new value of each of `vectors`, in its own dtype.
 
     Raises:
-        ValueError: if the model returns no logits.
+        ValueError: if the model is not a causal language model.
     """
+    if not can_write_text(model):
+        raise ValueError(
+            f"distillation compares predictions of the next token, and {type(model).__name__} is not a causal "
+            "language model; use quantization_calibration='descent'"
+        )
     rows = {name: _zero_rows(layer) for name, layer in layers.items()}
     originals = {name: model.get_parameter(name).detach() for name in vectors}
     shifts = {name: torch.zeros_like(original, dtype=torch.float32) for name, original in originals.items()}
@@ -108,7 +114,7 @@ class _Student:
         tuned = {name: self._shifted(name) for name in self.originals}
         with self._in_place():
             output = functional_call(self.model, tuned, (), dict(inputs))
-        return _logits(self.model, output, positions)
+        return _logits(output, positions)
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
@@ -147,18 +153,16 @@ def _divergence(
         extra["logits_to_keep"] = chosen
     inputs = {**extra, **batch}
     with torch.no_grad():
-        expected = _logits(model, model(**inputs), chosen).float().log_softmax(dim=-1)
+        expected = _logits(model(**inputs), chosen).float().log_softmax(dim=-1)
     found = student.logits(inputs, chosen).float().log_softmax(dim=-1)
     divergence = (expected.exp() * (expected - found)).sum(dim=-1)
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[:, chosen]
     return (divergence * mask).sum() / mask.sum().clamp_min(1)
 
 
-def _logits(model: nn.Module, output: Any, positions: Tensor) -> Tensor:
+def _logits(output: Any, positions: Tensor) -> Tensor:
     """The logits at `positions`, [samples, positions, vocabulary], whether or not the model computed all."""
-    logits = getattr(output, "logits", None)
-    if logits is None:
-        raise ValueError(f"{type(model).__name__} returns no logits, which distillation compares")
+    logits: Tensor = output.logits
     return logits if logits.shape[1] == len(positions) else logits[:, positions]
 
 

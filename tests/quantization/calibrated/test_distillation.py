@@ -96,9 +96,7 @@ def test_predictions_come_closer_and_the_model_is_as_before(make_model, samples,
     assert not any(module._forward_hooks for module in [*model.modules(), *layers.values()])
 
 
-def test_a_model_without_logits_is_refused(make_model, samples):
-    model, layers, _, batches = prepared(make_model, samples)
-    with pytest.raises(ValueError, match="LlamaModel returns no logits"):
-        distill(
-            model.model, {k.removeprefix("model."): v for k, v in layers.items()}, [], batches, DistillationSettings()
-        )
+def test_a_model_that_predicts_no_tokens_is_refused(make_model, samples):
+    model, _, _, batches = prepared(make_model, samples)
+    with pytest.raises(ValueError, match="LlamaModel is not a causal language model; use quantization_calibration="):
+        distill(model.model, {}, [], batches, DistillationSettings())
