@@ -24,6 +24,7 @@ from .quantization import (
     origin_of,
     quantize_linear,
 )
+from .quantization.calibrated import CalibratedLinears
 from .selection import Block
 
 
@@ -35,11 +36,13 @@ class QuantizationReport:
         swapped: dotted names of the linears that were quantized.
         restored: dotted names of the linears that were quantized already and got their original weights back.
         left: dotted name of each linear or fused expert weight of a frozen block that was not quantized -> why.
+        plain: dotted name of each linear that was rounded plainly although calibration was asked for -> why.
     """
 
     swapped: list[str] = field(default_factory=list)
     restored: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    plain: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Wishes:
         original_weights: one of `ORIGINAL_WEIGHTS`.
         revision: of the base model's checkpoint.
         is_excluded: whether the user excluded the layer with a dotted name.
+        calibrate: makes calibrated layers for linears by their dotted names; `None`: plain rounding.
     """
 
     adapter_name: str
@@ -61,6 +65,7 @@ class Wishes:
     original_weights: str
     revision: str | None
     is_excluded: Callable[[str], bool]
+    calibrate: Callable[[dict[str, nn.Module]], CalibratedLinears] | None = None
 
 
 class BlockForms:
@@ -96,6 +101,8 @@ class BlockForms:
             reasons = LeaveReasons(model, wishes.settings, wishes.is_excluded)
         for block in tqdm(blocks, desc="Preparing blocks", unit="block", delay=2):
             self._build(block, reasons)
+        if wishes.calibrate and self.report.swapped:
+            self._calibrate(wishes.calibrate)
 
     def apply(self) -> None:
         """Put the layers into the model."""
@@ -141,6 +148,15 @@ class BlockForms:
         self.report.swapped.append(name)
         only = not self._others
         self._replacements[name] = quantized if only else _both(module, quantized, [self._wishes.adapter_name])
+
+    def _calibrate(self, calibrate: Callable[[dict[str, nn.Module]], CalibratedLinears]) -> None:
+        """Replace the layers that plain rounding has built by calibrated ones."""
+        result = calibrate({name: self._model.get_submodule(name) for name in self.report.swapped})
+        for name, layer in result.layers.items():
+            origin = origin_of(self._replacements[name])
+            layer.adaptq_origin = replace(origin, calibrated=True)  # type: ignore[assignment]
+            self._replacements[name] = layer
+        self.report.plain.update(result.plain)
 
     def _want_original(self, name: str, quantized: nn.Module) -> None:
         original = self._originals.restore(name, quantized)

@@ -18,6 +18,7 @@ from transformers import BitsAndBytesConfig
 from .artifacts.checkpoint import check_weights_file
 from .artifacts.model_card import STAGES, update_model_card
 from .quantization import ORIGINAL_WEIGHTS, QUANTIZATION_NAMES
+from .quantization.calibrated import CALIBRATION_METHODS
 from .registration import ensure_peft_type
 from .selection import ActivationProfile, selection_strategy_names, strategy_needs_general_profile
 
@@ -73,6 +74,9 @@ class AdaptQConfig(PeftConfig):
         profile: an `ActivationProfile` made before by `profile_activations`; nothing is profiled then.
         quantization: how the linears of the frozen blocks are stored: "nf4" (default), "fp4", "int8", "none", or a
             `transformers.BitsAndBytesConfig`. The names mean bitsandbytes with nested absmax (double quantization).
+        quantization_calibration: how the codes of the frozen blocks are chosen. `None` (default): plain rounding.
+            "auto", "absmax", "gptq", "descent" or "distilled": calibrated on `calibration_data`,
+            `general_calibration_data` and text that the model writes itself. The codes are saved with the adapter.
         original_weights: where the original weights of a linear come from that is quantized already: because the model
             arrived in 4 bits, another adapter on it has frozen that block, or `unload()` takes all adapters off.
             "checkpoint" (default): the safetensors checkpoint of the model, local or in the Hub's cache, tensor by
@@ -111,6 +115,7 @@ class AdaptQConfig(PeftConfig):
     calibration_batch_size: int = 8
     profile: ActivationProfile | None = None
     quantization: str | dict | BitsAndBytesConfig = "nf4"
+    quantization_calibration: str | None = None
     original_weights: str = "checkpoint"
     delta_scaling: float = 0.25
     delta_dtype: str | None = None
@@ -260,6 +265,14 @@ def _check_quantization(config: AdaptQConfig) -> Iterator[str]:
     )
 
 
+def _check_quantization_calibration(config: AdaptQConfig) -> Iterator[str]:
+    method, allowed = config.quantization_calibration, ["auto", *CALIBRATION_METHODS]
+    if method is not None and method not in allowed:
+        yield f"quantization_calibration is {method!r}; allowed: None or one of {allowed}"
+    elif method is not None and config.quantization in ("none", "int8"):
+        yield f"quantization_calibration is {method!r} and needs 4 bits; quantization is {config.quantization!r}"
+
+
 def _check_original_weights(config: AdaptQConfig) -> Iterator[str]:
     if config.original_weights not in ORIGINAL_WEIGHTS:
         yield f"original_weights is {config.original_weights!r}; allowed: {list(ORIGINAL_WEIGHTS)}"
@@ -312,6 +325,7 @@ _CHECKS = (
     _check_calibration,
     _check_profile,
     _check_quantization,
+    _check_quantization_calibration,
     _check_original_weights,
     _check_scaling,
     _check_dtype,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -14,6 +14,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .artifacts.checkpoint import check_adapter_tensors
+from .artifacts.quantized_blocks import (
+    expect_quantized_tensors,
+    load_quantized_tensors,
+    quantized_tensors,
+    split_quantized,
+)
 from .artifacts.unloading import (
     build_plain_layers,
     drop_unneeded_forms,
@@ -38,6 +44,12 @@ from .mixed_batch import mixed_batch
 from .offloading import kept_on_device
 from .plan import AdapterPlan, make_plan
 from .quantization import keep_gradients_on_cpu, resolve_quantization, skip_when_quantizing
+from .quantization.calibrated import (
+    CalibratedLinears,
+    mixed_calibration_batches,
+    quantize_calibrated,
+    resolve_calibration_method,
+)
 from .targets import is_excluded, match_by_peft
 
 
@@ -64,7 +76,8 @@ class AdaptQTuner(BaseTuner):
         config = others.pop(adapter_name)
         with _adapters_off(model):
             plan = make_plan(model, config, others)
-        forms = BlockForms(model, plan.blocks, _wishes(adapter_name, config, plan), list(others))
+        calibrate = None if others else _calibration(model, config, plan)
+        forms = BlockForms(model, plan.blocks, _wishes(adapter_name, config, plan, calibrate), list(others))
         with self._undo_on_error(model, adapter_name, forms):
             forms.apply()
             fingerprint = fingerprint_base(model, plan.blocks, plan.adapted)
@@ -74,6 +87,8 @@ class AdaptQTuner(BaseTuner):
             with kept_on_device(model, plan.targets):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 self._update_nested_layers(model, adapter_name, config)
+        if config.base_fingerprint is not None and config.quantization_calibration is not None:
+            expect_quantized_tensors(model, adapter_name)
         config.base_fingerprint = fingerprint or config.base_fingerprint
         self._finish(model, config, plan, forms.report)
 
@@ -91,6 +106,7 @@ class AdaptQTuner(BaseTuner):
         self.quantization_report.swapped.extend(report.swapped)
         self.quantization_report.restored.extend(report.restored)
         self.quantization_report.left.update(report.left)
+        self.quantization_report.plain.update(report.plain)
         skip_when_quantizing(model, report.restored)
         self._frozen_prefix.set_blocks([block.name for block in plan.blocks])
         for module in model.modules():
@@ -161,14 +177,20 @@ class AdaptQTuner(BaseTuner):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     @classmethod
-    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        found = super()._get_adapter_state_dict(*args, **kwargs)
-        return {name: tensor for name, tensor in found.items() if ".adaptq_frozen." not in name}
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        found = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        deltas, _ = split_quantized(found)
+        if cast(AdaptQConfig, config).quantization_calibration is not None:
+            deltas |= quantized_tensors(model, adapter_name)
+        return deltas
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        state_dict, quantized = split_quantized(state_dict)
         prefix = "base_model.model."
         expected = {
             f"{prefix}{name.removeprefix(prefix)}.adaptq_delta.{parameter_name}": parameter
@@ -184,6 +206,7 @@ class AdaptQTuner(BaseTuner):
         }
         others |= {name.replace(f".{adapter_name}", "") for name in others if ".token_adapter." in name}
         check_adapter_tensors(expected, found, others)
+        load_quantized_tensors(model, cast(AdaptQConfig, config), adapter_name, quantized)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -326,7 +349,29 @@ class AdaptQTuner(BaseTuner):
         self._frozen_prefix.enable_checkpointing(self.model.gradient_checkpointing_enable, *args, **kwargs)
 
 
-def _wishes(adapter_name: str, config: AdaptQConfig, plan: AdapterPlan) -> Wishes:
+def _calibration(
+    model: nn.Module, config: AdaptQConfig, plan: AdapterPlan
+) -> Callable[[dict[str, nn.Module]], CalibratedLinears] | None:
+    """Calibrated rounding for a new adapter; a saved one brings its codes along."""
+    name, settings = config.quantization_calibration, resolve_quantization(plan.quantization)
+    if name is None or settings is None or config.base_fingerprint is not None:
+        return None
+    given = config.calibration
+
+    def calibrate(linears: dict[str, nn.Module]) -> CalibratedLinears:
+        method = resolve_calibration_method(name)
+        batches = mixed_calibration_batches(model, given.data, given.general_data, tokenizer=given.tokenizer)
+        return quantize_calibrated(model, plan.blocks, linears, settings, batches, method)
+
+    return calibrate
+
+
+def _wishes(
+    adapter_name: str,
+    config: AdaptQConfig,
+    plan: AdapterPlan,
+    calibrate: Callable[[dict[str, nn.Module]], CalibratedLinears] | None,
+) -> Wishes:
     return Wishes(
         adapter_name=adapter_name,
         adapted=plan.adapted,
@@ -334,6 +379,7 @@ def _wishes(adapter_name: str, config: AdaptQConfig, plan: AdapterPlan) -> Wishe
         original_weights=config.original_weights,
         revision=config.revision,
         is_excluded=lambda name: is_excluded(name, config),
+        calibrate=calibrate,
     )
 
 

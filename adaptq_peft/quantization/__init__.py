@@ -9,6 +9,7 @@ from .bitsandbytes_backend import (
     dequantize_linear,
     is_quantized,
     keep_gradients_on_cpu,
+    load_quantized,
     origin_of,
     quantize_linear,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "fused_experts",
     "is_quantized",
     "keep_gradients_on_cpu",
+    "load_quantized",
     "origin_of",
     "quantization_on_arrival",
     "quantize_linear",

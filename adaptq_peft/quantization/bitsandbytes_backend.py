@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.utils.integrations import dequantize_bnb_weight
@@ -31,11 +32,13 @@ class Origin:
         linear_class: `nn.Linear` or `Conv1D`.
         dtype: dtype of its weight.
         kept: the layer itself, if it was kept. Not a submodule of the quantized one: it does not move with the model.
+        calibrated: whether its codes were chosen by calibration, so that rounding it again gives others.
     """
 
     linear_class: type[nn.Module]
     dtype: torch.dtype
     kept: nn.Module | None = None
+    calibrated: bool = False
 
 
 def quantize_linear(linear: nn.Module, settings: QuantizationSettings) -> nn.Module:
@@ -87,6 +90,21 @@ def _linear_4bit(weight: torch.Tensor, bias: bool, settings: QuantizationSetting
     keep_gradients_on_cpu(layer)
     layer.register_load_state_dict_pre_hook(_load_quant_state)
     return layer
+
+
+def load_quantized(layer: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give a `Linear4bit` the codes, scales and bias of another one of its shape.
+
+    Args:
+        layer: the layer, changed in place.
+        tensors: what the other one's `state_dict` has.
+    """
+    parts = {name: tensor for name, tensor in tensors.items() if name.startswith("weight.")}
+    device: Any = cast(Any, layer).weight.device
+    _load_quant_state(layer, parts, "")
+    layer._parameters["weight"].data = tensors["weight"].to(device)  # type: ignore[union-attr]
+    if "bias" in tensors:
+        layer._parameters["bias"] = nn.Parameter(tensors["bias"].to(device), requires_grad=False)
 
 
 def _load_quant_state(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -50,7 +50,8 @@ def mixed_calibration_batches(
         found = calibration_batches(model, kind, samples=max(share // 16, 1), **options)
         batches += _thin_out(found, share)
     if can_write_text(model) or not given:
-        length = min(SELF_WRITTEN_LENGTH, max_length)
+        longest = getattr(getattr(model, "config", None), "max_position_embeddings", None) or max_length
+        length = min(SELF_WRITTEN_LENGTH, max_length, longest)
         written = write_calibration_samples(model, math.ceil(share / length), length, seed=seed)
         batches += calibration_batches(model, written, samples=len(written), **options)
     return batches

@@ -1,0 +1,132 @@
+"""The quantized weights of frozen blocks in an adapter's file, where calibration chose them.
+
+Plain rounding gives the same codes at each load. Calibrated codes depend on text, so they are saved with the deltas:
+`<layer>.adaptq_frozen.<tensor>`, the tensors as bitsandbytes' own state dict of the layer has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import AdaptQConfig
+from ..layer import AdaptQLayer
+from ..module_names import base_name, is_inside_a_wrapper
+from ..quantization import is_quantized, load_quantized, origin_of
+
+PREFIX = "base_model.model."
+_KEY = ".adaptq_frozen."
+
+
+def quantized_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """What the file of a calibrated adapter holds of the quantized linears that it sees.
+
+    Args:
+        model: the model with the adapter.
+        adapter_name: its name.
+    """
+    return {
+        f"{PREFIX}{name}{_KEY}{key}": tensor
+        for name, layer in _quantized_layers(model, adapter_name)
+        for key, tensor in layer.state_dict().items()
+    }
+
+
+def split_quantized(state_dict: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Divide the tensors of an adapter file: all others, and for each quantized layer its tensors."""
+    others: dict[str, torch.Tensor] = {}
+    quantized: dict[str, Any] = {}
+    for key, tensor in state_dict.items():
+        name, separator, rest = key.rpartition(_KEY)
+        if separator:
+            quantized.setdefault(name.removeprefix(PREFIX), {})[rest] = tensor
+        else:
+            others[key] = tensor
+    return others, quantized
+
+
+def load_quantized_tensors(
+    model: nn.Module, config: AdaptQConfig, adapter_name: str, found: Mapping[str, Mapping[str, torch.Tensor]]
+) -> None:
+    """Put the quantized weights of an adapter file in the place of those that plain rounding has made.
+
+    Args:
+        model: the model with the adapter.
+        config: the adapter's config.
+        adapter_name: its name.
+        found: the quantized layers in its file, as `split_quantized` gives them.
+
+    Raises:
+        ValueError: if layers are missing or extra, or another adapter on the model sees one of them with other
+            weights. Nothing is changed then.
+    """
+    if not found and config.quantization_calibration is None:
+        return
+    layers = dict(_quantized_layers(model, adapter_name))
+    missing, extra = sorted(layers.keys() - found.keys()), sorted(found.keys() - layers.keys())
+    if missing or extra:
+        raise ValueError(
+            f"The adapter file has {len(found)} calibrated layers, and the model {len(layers)} quantized ones: "
+            f"missing {missing[:3]}, extra {extra[:3]}. Use the file and the config that were saved together."
+        )
+    shared = [name for name in found if _others_see(model, name, adapter_name)]
+    different = [name for name in shared if not _same(layers[name], found[name])]
+    if different:
+        raise ValueError(
+            f"Another adapter on this model sees {len(different)} of the calibrated layers with other weights, the "
+            f"first is {different[0]}. Load the adapter into a base model of its own."
+        )
+    for name, tensors in found.items():
+        if waits := vars(layers[name]).pop("adaptq_waits", None):
+            waits.remove()
+        load_quantized(layers[name], tensors)
+        layers[name].adaptq_origin = replace(origin_of(layers[name]), calibrated=True)  # type: ignore[assignment]
+
+
+def expect_quantized_tensors(model: nn.Module, adapter_name: str) -> None:
+    """Refuse to run the quantized layers of a saved, calibrated adapter until its weights are loaded into them.
+
+    A loader that does not ask the tuner, as transformers' own, would leave the codes of plain rounding there.
+    """
+    for name, layer in _quantized_layers(model, adapter_name):
+        if _others_see(model, name, adapter_name):
+            continue
+        layer.adaptq_waits = layer.register_forward_pre_hook(_refuse)  # type: ignore[assignment]
+
+
+def _refuse(layer: nn.Module, args: Any) -> None:
+    raise RuntimeError(
+        "The calibrated weights of this adapter's frozen blocks were not loaded. Load it by PeftModel.from_pretrained "
+        "or model.load_adapter of a PeftModel."
+    )
+
+
+def _quantized_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        own = name.removeprefix(PREFIX)
+        if isinstance(module, AdaptQLayer):
+            if adapter_name in module.quantized_for and module.adaptq_frozen is not None:
+                yield base_name(own), module.adaptq_frozen
+        elif is_quantized(module) and not is_inside_a_wrapper(name):
+            yield base_name(own), module
+
+
+def _others_see(model: nn.Module, name: str, adapter_name: str) -> bool:
+    for prefix in ("", PREFIX):
+        try:
+            module = model.get_submodule(prefix + name)
+        except AttributeError:
+            continue
+        if isinstance(module, AdaptQLayer):
+            return any(other != adapter_name for other in module.quantized_for)
+    adapters = {key for m in model.modules() if isinstance(m, AdaptQLayer) for key in m.scaling}
+    return len(adapters - {adapter_name}) > 0
+
+
+def _same(layer: nn.Module, tensors: Mapping[str, torch.Tensor]) -> bool:
+    own = layer.state_dict()
+    return all(torch.equal(own[key].cpu(), tensor.cpu()) for key, tensor in tensors.items())

@@ -1,0 +1,114 @@
+"""Adapters whose frozen blocks were rounded by calibration."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from support import logits, randomize
+
+from adaptq_peft import AdaptQConfig
+from adaptq_peft.quantization import is_quantized
+
+METHODS = ["gptq", "descent"]
+
+
+def config(samples=None, **fields):
+    fields = {"layers_to_transform": [1, 3], "quantization_calibration": "gptq", **fields}
+    return AdaptQConfig(task_type="CAUSAL_LM", calibration_data=samples, **fields)
+
+
+def error_of(model, base, batch):
+    return float((logits(model, batch) - logits(base, batch)).norm())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_is_nearer_to_the_original_than_plain_rounding(model, samples, batch, method):
+    base = copy.deepcopy(model)
+    plain = get_peft_model(copy.deepcopy(model), config(quantization_calibration=None))
+    wrapped = get_peft_model(model, config(samples, quantization_calibration=method))
+    assert error_of(wrapped, base, batch) < error_of(plain, base, batch)
+    assert wrapped.base_model.quantization_report.plain == {}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_save_and_load_give_the_same_codes_without_calibrating(model, samples, batch, tmp_path, monkeypatch, method):
+    base = copy.deepcopy(model)
+    wrapped = get_peft_model(model, config(samples, quantization_calibration=method))
+    randomize(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    monkeypatch.setattr("adaptq_peft.tuner.quantize_calibrated", None)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.equal(logits(loaded, batch), logits(wrapped, batch))
+
+
+def test_a_loader_that_leaves_the_codes_out_is_noticed(llama, samples, batch, tmp_path):
+    base = copy.deepcopy(llama)
+    get_peft_model(llama, config(samples)).save_pretrained(tmp_path)
+    base.load_adapter(str(tmp_path))  # transformers' own
+    with pytest.raises(RuntimeError, match="The calibrated weights of this adapter's frozen blocks were not loaded"):
+        logits(base, batch)
+
+
+def test_unload_gives_the_original_back(model, samples, batch, tmp_path):
+    model.save_pretrained(tmp_path)
+    base = type(model).from_pretrained(tmp_path)
+    wrapped = get_peft_model(base, config(samples, quantization_calibration="descent"))
+    assert torch.equal(logits(wrapped.unload(), batch), logits(model, batch))
+
+
+def test_merged_it_has_the_calibrated_weights(model, samples, batch):
+    wrapped = get_peft_model(model, config(samples))
+    randomize(wrapped)
+    expected = logits(wrapped, batch)
+    merged = wrapped.merge_and_unload()
+    assert not any(is_quantized(module) for module in merged.modules())
+    torch.testing.assert_close(logits(merged, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_another_adapter_with_other_codes_is_refused(model, samples, batch, tmp_path):
+    base = copy.deepcopy(model)
+    for name, seed in (("first", 0), ("second", 30)):
+        made = get_peft_model(copy.deepcopy(base), config(samples[seed : seed + 30]), adapter_name=name)
+        made.save_pretrained(tmp_path)
+    both = PeftModel.from_pretrained(base, tmp_path / "first", adapter_name="first")
+    expected = logits(both, batch)
+    with pytest.raises(
+        ValueError, match=r"Another adapter on this model sees \d+ of the calibrated layers with other weights, the"
+    ):
+        both.load_adapter(tmp_path / "second", adapter_name="second")
+    assert torch.equal(logits(both, batch), expected)
+
+
+def test_a_second_adapter_on_the_same_blocks_shares_the_codes(model, samples, batch, tmp_path):
+    base = copy.deepcopy(model)
+    wrapped = get_peft_model(model, config(samples), adapter_name="first")
+    wrapped.add_adapter("second", config(samples))
+    wrapped.set_adapter("second")
+    randomize(wrapped, "second")
+    wrapped.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "second", adapter_name="second")
+    assert torch.equal(logits(loaded, batch), logits(wrapped, batch))
+    loaded.load_adapter(tmp_path / "first", adapter_name="first")
+
+
+def test_a_missing_layer_in_the_file(llama, samples, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    base = copy.deepcopy(llama)
+    get_peft_model(llama, config(samples)).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if "layers.0.mlp.up_proj.adaptq" not in name}
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"has 13 calibrated layers, and the model 14 quantized ones: missing \['mod"):
+        PeftModel.from_pretrained(base, tmp_path)
+
+
+@pytest.mark.parametrize("fields", [{"quantization_calibration": "best"}, {"quantization": "int8"}])
+def test_invalid_configs(fields):
+    with pytest.raises(
+        ValueError, match=r"quantization_calibration is .*(allowed: None or one of \['auto'|needs 4 bits)"
+    ):
+        config(**fields)
