@@ -14,11 +14,13 @@ from ..fingerprint import check_base
 from ..layer import AdaptQLayer
 from ..registration import NAME
 from .checkpoint import check_adapter_tensors
+from .quantized_blocks import split_quantized
 
 #: What must be equal, because the modules on the model were made by it.
 _STRUCTURE = (
     "layers_to_transform",
     "quantization",
+    "quantization_calibration",
     "target_modules",
     "exclude_modules",
     "modules_to_save",
@@ -128,7 +130,23 @@ def _match(
     here = _with_prefix(get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False))
     found = _with_prefix(tensors)
     check_adapter_tensors(here, found, others=())
-    return [(name, here[name], tensor) for name, tensor in found.items()]
+    _check_same_codes(split_quantized(here)[1], split_quantized(found)[1])
+    deltas, _ = split_quantized(found)
+    return [(name, here[name], tensor) for name, tensor in deltas.items()]
+
+
+def _check_same_codes(here: dict[str, Any], found: dict[str, Any]) -> None:
+    """Compare the quantized weights of calibrated adapters: those of the model stay."""
+    different = [
+        name
+        for name, tensors in found.items()
+        if not all(torch.equal(tensor.cpu(), here[name][key].cpu()) for key, tensor in tensors.items())
+    ]
+    if different:
+        raise ValueError(
+            f"The frozen blocks of the new adapter were calibrated to other codes: {len(different)} layers differ, the "
+            f"first is {different[0]}. Load it into a base model of its own."
+        )
 
 
 def _with_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -230,3 +230,19 @@ def test_what_peft_and_transformers_say_when_asked_to_swap(base, save_adapter):
     model.load_adapter(str(first), adapter_name="default")
     with pytest.raises(ValueError, match="Hotswapping is currently only supported for LoRA"):
         model.load_adapter(str(second), adapter_name="default", hotswap=True)
+
+
+def test_calibrated_codes_must_be_the_same(base, save_adapter, samples, batch):
+    fields = {"quantization_calibration": "gptq"}
+    first = save_adapter("first", 1, **fields, calibration_data=samples[:30])
+    again = save_adapter("again", 2, **fields, calibration_data=samples[:30])
+    other = save_adapter("other", 3, **fields, calibration_data=samples[30:])
+    model = load(base, first)
+    hotswap_adapter(model, str(again))
+    expected = logits(load(base, again), batch)
+    assert torch.equal(logits(model, batch), expected)
+    with pytest.raises(
+        ValueError, match=r"were calibrated to other codes: \d+ layers differ, the first is model\.layers"
+    ):
+        hotswap_adapter(model, str(other))
+    assert torch.equal(logits(model, batch), expected)
