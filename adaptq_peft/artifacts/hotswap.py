@@ -144,7 +144,7 @@ def _check_same_codes(here: dict[str, Any], found: dict[str, Any]) -> None:
     ]
     if different:
         raise ValueError(
-            f"The frozen blocks of the new adapter were calibrated to other codes: {len(different)} layers differ, the "
+            f"Frozen blocks of the new adapter were calibrated to other codes: {len(different)} layers differ, the "
             f"first is {different[0]}. Load it into a base model of its own."
         )
 
