@@ -63,25 +63,20 @@ def calibration(model, tokenizer, arguments: argparse.Namespace, draw: int) -> l
 
 
 @contextmanager
-def in_place(model: nn.Module, layers: dict[str, nn.Module], vectors: dict[str, torch.Tensor]) -> Iterator[None]:
-    """The model with other layers and other values of some parameters, for a while."""
+def in_place(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[None]:
+    """The model with other layers, for a while."""
     former = {name: model.get_submodule(name) for name in layers}
-    kept = {name: model.get_parameter(name).data for name in vectors}
     try:
         for name, layer in layers.items():
             model.set_submodule(name, layer)
-        for name, values in vectors.items():
-            model.get_parameter(name).data = values
         yield
     finally:
         for name, layer in former.items():
             model.set_submodule(name, layer)
-        for name, values in kept.items():
-            model.get_parameter(name).data = values
 
 
-def quantized(model, side: str, method: str, batches) -> tuple[dict[str, nn.Module], dict[str, torch.Tensor]]:
-    """The 4-bit layers, and tuned vectors, of the half of the blocks that is not adapted."""
+def quantized(model, side: str, method: str, batches) -> dict[str, nn.Module]:
+    """The 4-bit layers of the half of the blocks that is not adapted."""
     blocks, settings = find_blocks(model), resolve_quantization("nf4")
     half = len(blocks) // 2
     frozen = blocks[half:] if side == "first" else blocks[: len(blocks) - half]
@@ -92,9 +87,8 @@ def quantized(model, side: str, method: str, batches) -> tuple[dict[str, nn.Modu
         if isinstance(module, nn.Linear)
     }
     if method == "plain":
-        return {name: quantize_linear(linear, settings) for name, linear in linears.items()}, {}
-    result = quantize_calibrated(model, blocks, linears, settings, batches, resolve_calibration_method(method))
-    return result.layers, result.vectors
+        return {name: quantize_linear(linear, settings) for name, linear in linears.items()}
+    return quantize_calibrated(model, blocks, linears, settings, batches, resolve_calibration_method(method)).layers
 
 
 def main() -> None:
@@ -108,7 +102,7 @@ def main() -> None:
     parser.add_argument("--draws", nargs="+", type=int, default=[0, 1, 2], help="seeds of the calibration text")
     parser.add_argument("--tokens", type=int, default=24_576, help="calibration tokens in all")
     parser.add_argument("--length", type=int, default=512, help="tokens in a window")
-    parser.add_argument("--batch", type=int, default=2, help="windows in a batch, which is a step of distillation")
+    parser.add_argument("--batch", type=int, default=2, help="windows in a batch")
     parser.add_argument("--test-tokens", type=int, default=20_480, help="tokens of each test text")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="dtype of activations")
     parser.add_argument("--output", type=Path, help="write every run as JSON to this file, after each run")
@@ -132,9 +126,9 @@ def main() -> None:
                 if method == "plain" and draw != arguments.draws[0]:
                     continue
                 start = time.perf_counter()
-                layers, vectors = quantized(model, side, method, batches)
+                layers = quantized(model, side, method, batches)
                 seconds = time.perf_counter() - start
-                with in_place(model, layers, vectors):
+                with in_place(model, layers):
                     rise = {name: degradation(figure, base[name]) for name, figure in measure().items()}
                 runs.append({"adapted": side, "method": method, "draw": draw, "seconds": seconds, **rise})
                 print(json.dumps(runs[-1]), flush=True)

@@ -7,14 +7,12 @@ from .calibrate import (
     quantize_calibrated,
     resolve_calibration_method,
 )
-from .distillation import DistillationSettings
 from .text import mixed_calibration_batches
 
 __all__ = [
     "CALIBRATION_METHODS",
     "CalibratedLinears",
     "CalibrationMethod",
-    "DistillationSettings",
     "mixed_calibration_batches",
     "quantize_calibrated",
     "resolve_calibration_method",

@@ -21,7 +21,6 @@ from ...selection import Block
 from ..settings import QuantizationSettings
 from .absmax_search import search_absmax
 from .block_stream import Batch, BlockStream, linears_by_input
-from .distillation import DistillationSettings, distill
 from .grid import GROUP_SIZE, Grid, GridWeight, StoredAbsmax, get_grid, largest_absmax, pack_linear, store_absmax
 from .rounding import damped, descend_by_coordinates, round_to_nearest, round_with_error_feedback, uncorrectable
 
@@ -35,21 +34,18 @@ class CalibrationMethod:
         error_feedback: whether later columns make up for the error of earlier ones (GPTQ).
         sweeps: visits of coordinate descent to each column afterwards.
         damping: share of the mean squared input that is added to each column's.
-        distillation: how row scales and norms are tuned in the end; `None`: they are not.
     """
 
     search_absmax: bool = True
     error_feedback: bool = True
     sweeps: int = 0
     damping: float = 0.1
-    distillation: DistillationSettings | None = None
 
 
 CALIBRATION_METHODS: dict[str, CalibrationMethod] = {
     "absmax": CalibrationMethod(error_feedback=False),
     "gptq": CalibrationMethod(search_absmax=False),
     "descent": CalibrationMethod(sweeps=2),
-    "distilled": CalibrationMethod(sweeps=2, distillation=DistillationSettings()),
 }
 """The methods by name."""
 
@@ -63,14 +59,12 @@ class CalibratedLinears:
 
     Args:
         layers: dotted name of each linear -> the `Linear4bit` to put in its place.
-        vectors: dotted name of each norm parameter of the frozen blocks that was tuned -> its new value.
         error: dotted name -> what part of the mean square of the layer's output the rounding changes, on the
             calibration inputs.
         plain: dotted name -> why it can't be calibrated. These are not in `layers`; round them plainly.
     """
 
     layers: dict[str, nn.Module] = field(default_factory=dict)
-    vectors: dict[str, Tensor] = field(default_factory=dict)
     error: dict[str, float] = field(default_factory=dict)
     plain: dict[str, str] = field(default_factory=dict)
 
@@ -121,27 +115,12 @@ def quantize_calibrated(
     with evaluation_mode(model), torch.no_grad():
         for stack in _stacks(blocks):
             _quantize_stack(model, stack, wanted, settings, batches, method, result)
-    if method.distillation and result.layers:
-        vectors = _norm_parameters(blocks, result.layers)
-        result.vectors = distill(model, result.layers, vectors, batches, method.distillation)
     for name, layer in result.layers.items():
         layer.train(linears[name].training)
     result.plain.update(
         {name: "it did not run on the calibration text" for name in wanted if name not in result.layers}
     )
     return result
-
-
-def _norm_parameters(blocks: Sequence[Block], layers: Mapping[str, nn.Module]) -> list[str]:
-    """Names of the parameters of norms, or of other layers that have but vectors, in the quantized blocks."""
-    return [
-        f"{block.name}.{name}.{parameter_name}"
-        for block in blocks
-        if any(layer.startswith(f"{block.name}.") for layer in layers)
-        for name, module in block.module.named_modules()
-        if not any(module.children()) and all(parameter.ndim == 1 for parameter in module.parameters())
-        for parameter_name, _ in module.named_parameters()
-    ]
 
 
 def _calibratable(linears: Mapping[str, nn.Module], result: CalibratedLinears) -> dict[str, nn.Module]:

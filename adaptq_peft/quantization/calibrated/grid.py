@@ -143,22 +143,3 @@ def pack_linear(weight: GridWeight, linear: nn.Module, settings: QuantizationSet
         state2=weight.scales.state,
     )
     return layer
-
-
-def rescale_rows(layer: nn.Module, factors: Tensor) -> None:
-    """Multiply the rows of a `Linear4bit`, and its bias, by `factors` [out], in place: absmax changes, codes do not.
-
-    The bias is replaced, not changed, because the layer may share it with the one it was made from.
-    """
-    import bitsandbytes.functional as bnb
-
-    parts: Any = layer
-    state = parts.weight.quant_state
-    absmax = state.absmax
-    if state.nested:
-        absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
-    scales = store_absmax(absmax.view(len(factors), -1) * factors[:, None].float(), state.nested)
-    state.absmax, state.offset, state.state2 = scales.codes, scales.offset, scales.state
-    if parts.bias is not None:
-        scaled = (parts.bias.data.float() * factors).to(parts.bias.dtype)
-        layer._parameters["bias"] = nn.Parameter(scaled, requires_grad=False)
