@@ -71,7 +71,8 @@ class AdaptQConfig(PeftConfig):
         calibration_samples: how many samples are profiled at most. Default 100.
         calibration_max_length: tokens a sample is cut to. Default 512.
         calibration_batch_size: samples in one forward pass of the profile. Default 8.
-        profile: an `ActivationProfile` made before by `profile_activations`; nothing is profiled then.
+        profile: an `ActivationProfile` made before by `profile_activations`, or the path of one that its `save` or
+            `adaptq profile` wrote; nothing is profiled then.
         quantization: how the linears of the frozen blocks are stored: "nf4" (default), "fp4", "int8", "none", or a
             `transformers.BitsAndBytesConfig`. The names mean bitsandbytes with nested absmax (double quantization).
         quantization_calibration: how the codes of the frozen blocks are chosen. `None` (default): plain rounding.
@@ -113,7 +114,7 @@ class AdaptQConfig(PeftConfig):
     calibration_samples: int = 100
     calibration_max_length: int = 512
     calibration_batch_size: int = 8
-    profile: ActivationProfile | None = None
+    profile: ActivationProfile | str | os.PathLike[str] | None = None
     quantization: str | dict | BitsAndBytesConfig = "nf4"
     quantization_calibration: str | None = None
     original_weights: str = "checkpoint"
@@ -150,6 +151,8 @@ class AdaptQConfig(PeftConfig):
             self.quantization = self.quantization.to_dict()
         if isinstance(self.profile, dict):
             self.profile = ActivationProfile(**self.profile)
+        if isinstance(self.profile, (str, os.PathLike)):
+            self.profile = ActivationProfile.load(self.profile)
 
     @property
     def calibration(self) -> Calibration:

@@ -61,7 +61,7 @@ def make_plan(model: nn.Module, config: AdaptQConfig, others: Mapping[str, Adapt
     """
     check_weights_reachable(model)
     blocks = _blocks_or_none(model, config)
-    adapted, profile = _select(model, blocks, config) if blocks else ([], None)
+    adapted, profile = choose_blocks(model, blocks, config) if blocks else ([], None)
     targets = find_targets(model, [blocks[index] for index in adapted] if blocks else None, config)
     quantization = _quantization(model, config)
     _check_others(model, config, quantization, others)
@@ -82,7 +82,19 @@ def _blocks_or_none(model: nn.Module, config: AdaptQConfig) -> list[Block]:
         raise
 
 
-def _select(model: nn.Module, blocks: list[Block], config: AdaptQConfig) -> tuple[list[int], ActivationProfile | None]:
+def choose_blocks(
+    model: nn.Module, blocks: list[Block], config: AdaptQConfig
+) -> tuple[list[int], ActivationProfile | None]:
+    """Indices of the adapted blocks, ascending, and what they were chosen by; profiles the model where that is needed.
+
+    Args:
+        model: the base model; without weights if the config names the blocks, has a profile, or needs none.
+        blocks: its blocks.
+        config: the adapter's config; not changed.
+
+    Raises:
+        ValueError: if K or an index is out of range, activations are not finite, or the profile is of another model.
+    """
     if config.layers_to_transform is not None:
         given = config.layers_to_transform
         chosen = [given] if isinstance(given, int) else given

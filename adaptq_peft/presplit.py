@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedConfig
+from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from .block_forms import linears_of
 from .config import AdaptQConfig
+from .plan import choose_blocks
 from .quantization import LeaveReasons, QuantizationSettings, resolve_quantization
-from .selection import Block, find_blocks
+from .selection import Block, find_blocks, strategy_needs_profile
+from .skeleton import build_skeleton
 from .targets import is_excluded
 
 _LOAD_PLAIN = "load the model without a quantization_config"
@@ -45,8 +46,9 @@ def adaptq_bnb_config(
 
     Args:
         adapter: the blocks that are adapted (0-based, an int or a list), quantized as `AdaptQConfig` does by default
-            ("nf4"); or an `AdaptQConfig` with `layers_to_transform`, whose `quantization`, `layers_pattern`,
-            `exclude_modules` and `modules_to_save` count, too; or folder or Hub repository of a saved adapter.
+            ("nf4"); or an `AdaptQConfig` with `layers_to_transform`, or with a `profile` by which they are chosen,
+            whose `quantization`, `layers_pattern`, `exclude_modules` and `modules_to_save` count, too; or folder or
+            Hub repository of a saved adapter.
         model: folder or Hub repository of the 16-bit checkpoint, its config, or the model itself, which may be on the
             meta device (for code of your own). `None` (default): the base that a saved adapter names.
         dtype: the dtype given to `from_pretrained`, in which the quantized layers compute. `None` (default): that of
@@ -83,35 +85,26 @@ def _adapter_config(adapter: AdaptQConfig | Sequence[int] | int | str | os.PathL
         adapter = AdaptQConfig.from_pretrained(os.fspath(adapter))
     elif not isinstance(adapter, AdaptQConfig):
         adapter = AdaptQConfig(layers_to_transform=adapter if isinstance(adapter, int) else list(adapter))
-    if adapter.layers_to_transform is None:
+    needs_profile = strategy_needs_profile(adapter.selection_strategy) and adapter.profile is None
+    if adapter.layers_to_transform is None and needs_profile:
         raise ValueError(
             "layers_to_transform of this AdaptQConfig is None, and the blocks have to be known before the model is "
-            "loaded; set them, for instance to those of an adapter that was profiled on a model in 16 bits"
+            "loaded; set them, or give a profile: profile_activations(name, data) makes one from the checkpoint on "
+            "disk"
         )
     return adapter
 
 
 def _skeleton(model: PreTrainedConfig | nn.Module | str | os.PathLike[str] | None) -> nn.Module:
-    """The model without its weights: on the meta device, of the class that the config names."""
-    if isinstance(model, nn.Module):
-        return model
     if model is None:
         raise ValueError("model is None, and the adapter does not name its base; name the checkpoint or its config")
-    config: Any = model if isinstance(model, PreTrainedConfig) else AutoConfig.from_pretrained(model)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"the checkpoint {config.name_or_path!r} is quantized already, and from_pretrained keeps it so; name the "
-            "16-bit checkpoint that it was made from"
-        )
-    model_class = getattr(transformers, (config.architectures or [""])[0], None)
-    with torch.device("meta"):
-        return model_class(config) if model_class else AutoModel.from_config(config)
+    return model if isinstance(model, nn.Module) else build_skeleton(model)
 
 
 def _frozen_blocks(skeleton: nn.Module, config: AdaptQConfig) -> list[Block]:
     blocks = find_blocks(skeleton, config.layers_pattern)
     given: Any = config.layers_to_transform
-    adapted = {given} if isinstance(given, int) else set(given)
+    adapted = {given} if isinstance(given, int) else set(given or choose_blocks(skeleton, blocks, config)[0])
     if bad := sorted(index for index in adapted if index >= len(blocks)):
         raise ValueError(
             f"blocks {bad} are to be adapted, and {type(skeleton).__name__} has {len(blocks)} blocks; allowed are "

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from ..evaluation_mode import evaluation_mode
 from ..offloading import input_device
 from .blocks import Block, find_blocks
 from .calibration import Batch, batch_sample_count, calibration_batches
+from .streaming import streamed_model
 
 RECOMMENDED_SAMPLES = 50
 
@@ -39,9 +43,29 @@ class ActivationProfile:
     num_tokens: int
     general_magnitude: list[float] | None = None
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON; `AdaptQConfig(profile=path)` reads it."""
+        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ActivationProfile:
+        """Read what `save` or `adaptq profile` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it does not hold a profile.
+        """
+        try:
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        except (TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{str(path)!r} does not hold an activation profile ({error}); give a file that `adaptq profile` or "
+                "ActivationProfile.save wrote"
+            ) from error
+
 
 def profile_activations(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike[str],
     data: Any = None,
     *,
     general_data: Any = None,
@@ -57,7 +81,9 @@ def profile_activations(
     tokens do not count. Hooks, training mode and flags of the model are as before afterwards, also after an error.
 
     Args:
-        model: a model with transformer blocks, on its device.
+        model: a model with transformer blocks, on its device; or folder or Hub repository of a checkpoint in
+            safetensors files, which is profiled without loading its blocks: a layer is in memory only while it runs,
+            and each batch reads all blocks from the disk once. The profile is the same.
         data: calibration data of the domain, in any form that `AdaptQConfig.calibration_data` takes. Default `None`:
             the model writes its own text, with a warning.
         general_data: general text in the same forms, for strategies that compare. Default `None`.
@@ -69,8 +95,25 @@ def profile_activations(
 
     Raises:
         ValueError: if no blocks are found, the model is on the meta device, the data is empty or in an unknown form,
-            or activations are not finite.
+            activations are not finite, or a checkpoint is to write its own text.
     """
+    if isinstance(model, (str, os.PathLike)):
+        if data is None:
+            raise ValueError(
+                "no calibration data: to write its own text, a model on disk would be read once for each token. Pass "
+                "calibration data, or load the model"
+            )
+        with streamed_model(model, layers_pattern=layers_pattern) as streamed:
+            return profile_activations(
+                streamed,
+                data,
+                general_data=general_data,
+                tokenizer=tokenizer,
+                samples=samples,
+                max_length=max_length,
+                batch_size=batch_size,
+                layers_pattern=layers_pattern,
+            )
     blocks = find_blocks(model, layers_pattern)
     if input_device(model).type == "meta":
         raise ValueError(
