@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from rich.console import Console
 
 app = typer.Typer(
     help="Activation-driven adaptive pathway tuning with quantization, as a PEFT method.",
@@ -46,6 +48,97 @@ def demo(
         run_demo(settings)
     except (ReloadError, ModuleNotFoundError) as error:
         _fail(str(error), error)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Folder or Hub repository of a checkpoint; only config.json is read.")],
+    ratio: Annotated[float, typer.Option(help="Share of the blocks that is adapted.")] = 0.5,
+    num_blocks: Annotated[int | None, typer.Option(help="Number of adapted blocks, instead of --ratio.")] = None,
+    blocks: Annotated[str | None, typer.Option(help="The adapted blocks themselves, such as 14,15.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help='Take as many blocks as fit, without activations: "12GiB" or "12GB".')
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="Optimizer that --budget counts, as transformers names it.")] = (
+        "adamw_torch"
+    ),
+    quantization: Annotated[str, typer.Option(help="Of the frozen blocks: nf4, fp4, int8 or none.")] = "nf4",
+    delta_dtype: Annotated[str, typer.Option(help="Of what is trained, in all methods.")] = "float32",
+    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA and QLoRA.")] = 16,
+    galore_rank: Annotated[int, typer.Option(min=1, help="Rank of galore_adamw.")] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show the memory that training a model takes, before any weights are loaded."""
+    from .cli_tables import show_memory_plan
+    from .config import AdaptQConfig
+    from .evaluation import largest_num_adapted_blocks, plan_memory
+
+    try:
+        given = None if blocks is None else [int(index) for index in blocks.split(",")]
+        config = AdaptQConfig(
+            selection_ratio=ratio,
+            num_adapted_blocks=num_blocks,
+            layers_to_transform=given,
+            quantization=quantization,
+            delta_dtype=delta_dtype,
+        )
+        if budget is not None:
+            config.layers_to_transform = None
+            config.num_adapted_blocks = largest_num_adapted_blocks(
+                model, budget, config, optimizer=optimizer, galore_rank=galore_rank
+            )
+        planned = plan_memory(model, config, lora_rank=lora_rank, galore_rank=galore_rank)
+    except (OSError, ValueError) as error:
+        _fail(str(error), error)
+    if as_json:
+        typer.echo(json.dumps(planned.to_dict(), indent=1))
+    else:
+        show_memory_plan(Console(), model, planned)
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="Folder or Hub repository of a checkpoint.")],
+    data: Annotated[Path, typer.Option(help="Texts of the domain: a .txt (a text a line), .json or .jsonl file.")],
+    general: Annotated[Path | None, typer.Option(help="General texts, for strategies that compare.")] = None,
+    output: Annotated[Path, typer.Option(help="Where the profile is written.")] = Path("profile.json"),
+    strategy: Annotated[str, typer.Option(help="Rule that chooses the blocks which are shown.")] = "activation",
+    ratio: Annotated[float, typer.Option(help="Share of the blocks that is chosen.")] = 0.5,
+    samples: Annotated[int, typer.Option(min=1, help="Texts that are profiled at most.")] = 100,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens a text is cut to.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts in a forward pass.")] = 8,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read each layer from the disk when it runs; never load the blocks.")
+    ] = False,
+) -> None:
+    """Profile a model's blocks on texts, show them and the choice, and write the file for AdaptQConfig(profile=...)."""
+    from transformers import AutoTokenizer
+
+    from .cli_tables import show_scores
+    from .config import AdaptQConfig
+    from .plan import choose_blocks
+    from .selection import find_blocks, profile_activations
+    from .skeleton import build_skeleton
+
+    try:
+        config = AdaptQConfig(selection_strategy=strategy, selection_ratio=ratio, general_calibration_data=general)
+        skeleton = build_skeleton(model)
+        found = profile_activations(
+            model if stream else type(skeleton).from_pretrained(model),
+            data,
+            general_data=general,
+            tokenizer=AutoTokenizer.from_pretrained(model),
+            samples=samples,
+            max_length=max_length,
+            batch_size=batch_size,
+        )
+        config.profile = found
+        chosen, _ = choose_blocks(skeleton, find_blocks(skeleton), config)
+        found.save(output)
+    except (OSError, ValueError) as error:
+        _fail(str(error), error)
+    show_scores(Console(), found, chosen, strategy)
+    typer.echo(f'Written to {output}. To use it: AdaptQConfig(profile="{output}", selection_strategy="{strategy}")')
 
 
 class Autoload(str, Enum):

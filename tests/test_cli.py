@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from adaptq_peft import autoload
+from adaptq_peft import AdaptQConfig, autoload, profile_activations
 from adaptq_peft.cli import app
 from adaptq_peft.demo import run
 from adaptq_peft.demo.reload import ReloadError
+from adaptq_peft.evaluation import plan_memory
 
 RUNNER = CliRunner(env={"COLUMNS": "120", "NO_COLOR": "1"})
 
@@ -68,6 +72,66 @@ def test_known_errors_are_a_message_and_a_code(monkeypatch, error):
     result = RUNNER.invoke(app, ["demo"])
     assert result.exit_code == 1
     assert f"Error: {error}" in result.output
+
+
+@pytest.fixture
+def checkpoint(make_model, tmp_path):
+    """A tiny Llama with a tokenizer that knows eight words."""
+    make_model().save_pretrained(tmp_path / "model")
+    words = {word: index for index, word in enumerate(["[UNK]", "law", "court", "judge", "rain", "wind", "sun", "."])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def texts(tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_text("law court judge .\nrain wind sun\n" * 30)
+    return str(file)
+
+
+def test_plan_prints_tables(checkpoint):
+    result = RUNNER.invoke(app, ["plan", checkpoint, "--blocks", "1,3"])
+    assert result.exit_code == 0, result.output
+    for expected in ("2 of 4 blocks adapted", "ADAPTQ", "QLoRA", "full fine-tuning", "paged_adamw_8bit", "0.6250"):
+        assert expected in result.output
+
+
+def test_plan_as_json_is_that_of_the_function(checkpoint):
+    result = RUNNER.invoke(app, ["plan", checkpoint, "--num-blocks", "1", "--quantization", "int8", "--json"])
+    assert result.exit_code == 0, result.output
+    config = AdaptQConfig(num_adapted_blocks=1, quantization="int8", delta_dtype="float32")
+    assert json.loads(result.output) == plan_memory(checkpoint, config).to_dict()
+
+
+def test_plan_with_a_budget(checkpoint):
+    result = RUNNER.invoke(app, ["plan", checkpoint, "--budget", "1GiB", "--json"])
+    assert json.loads(result.output)["adapted"] == [0, 1, 2, 3]
+    result = RUNNER.invoke(app, ["plan", checkpoint, "--budget", "1KB"])
+    assert result.exit_code == 1
+    assert "Error: a budget of 1,000 bytes does not fit one adapted block" in result.output
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_profile_writes_what_a_config_reads(checkpoint, texts, tmp_path, stream):
+    output = str(tmp_path / "profile.json")
+    options = ["--data", texts, "--general", texts, "--output", output, "--strategy", "contrast"]
+    result = RUNNER.invoke(app, ["profile", checkpoint, *options, *stream])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("adapted") == result.output.count("quantized") == 2
+    assert "on general text" in result.output
+    profile = AdaptQConfig(profile=output, selection_strategy="contrast").profile
+    assert profile.num_samples == 60
+    assert profile.magnitude == profile.general_magnitude
+    assert profile == profile_activations(AutoModelForCausalLM.from_pretrained(checkpoint), texts, general_data=texts)
+
+
+def test_profile_with_a_strategy_that_needs_general_text(checkpoint, texts):
+    result = RUNNER.invoke(app, ["profile", checkpoint, "--data", texts, "--strategy", "contrast"])
+    assert result.exit_code == 1
+    assert "pass general_calibration_data too" in result.output.replace("\n", " ")
 
 
 @pytest.fixture

@@ -1,13 +1,22 @@
-"""Is it true: perplexity, degradation, and bytes measured from the tensors."""
+"""Is it true: perplexity, degradation, and bytes measured from the tensors, or planned before there are any."""
 
 from .memory import WeightBytes, measure_weight_bytes, paper_weight_ratio
+from .memory_plan import MemoryPlan, MethodMemory, largest_num_adapted_blocks, plan_memory
+from .optimizer_states import OPTIMIZERS, optimizer_state_bytes, trained_parameters
 from .perplexity import Perplexity, degradation, evaluate_perplexity
 
 __all__ = [
+    "OPTIMIZERS",
+    "MemoryPlan",
+    "MethodMemory",
     "Perplexity",
     "WeightBytes",
     "degradation",
     "evaluate_perplexity",
+    "largest_num_adapted_blocks",
     "measure_weight_bytes",
+    "optimizer_state_bytes",
     "paper_weight_ratio",
+    "plan_memory",
+    "trained_parameters",
 ]

@@ -107,7 +107,9 @@ class _TensorCounter:
 
     @staticmethod
     def _key(tensor: Tensor) -> tuple[object, ...]:
-        if tensor.is_meta or tensor.numel() == 0:  # these have no address of their own
+        if tensor.is_meta:  # no address; a parameter and its `data` share the storage
+            return ("storage", tensor.untyped_storage()._cdata)
+        if tensor.numel() == 0:
             return ("object", id(tensor))
         return (tensor.device, tensor.data_ptr(), tensor.numel() * tensor.element_size())
 

@@ -12,6 +12,7 @@ from .bitsandbytes_backend import (
     load_quantized,
     origin_of,
     quantize_linear,
+    quantize_on_meta,
 )
 from .leave_reasons import LeaveReasons, fused_experts
 from .original_weights import ORIGINAL_WEIGHTS, OriginalWeights
@@ -33,6 +34,7 @@ __all__ = [
     "origin_of",
     "quantization_on_arrival",
     "quantize_linear",
+    "quantize_on_meta",
     "resolve_quantization",
     "skip_when_quantizing",
 ]

@@ -73,6 +73,28 @@ def quantize_linear(linear: nn.Module, settings: QuantizationSettings) -> nn.Mod
     return quantized.requires_grad_(False).train(linear.training)
 
 
+def quantize_on_meta(linear: nn.Module, settings: QuantizationSettings) -> nn.Module:
+    """What `quantize_linear` makes of a layer on the meta device: tensors of the right shapes, without values.
+
+    Args:
+        linear: `nn.Linear` or `Conv1D` on the meta device; left as it is.
+        settings: how to quantize.
+    """
+    import bitsandbytes as bnb
+
+    # bitsandbytes makes its 8-bit table once, where it first quantizes: that must not be the meta device.
+    bnb.functional.quantize_blockwise(torch.zeros(1))
+    weight: torch.Tensor = linear.weight.data  # type: ignore[assignment]
+    weight = weight.t().contiguous() if isinstance(linear, Conv1D) else weight
+    build = _linear_4bit if settings.bits == 4 else _linear_8bit
+    quantized: Any = build(weight, linear.bias is not None, settings)
+    quantized.weight._quantize(weight.device)
+    quantized._parameters["bias"] = linear.bias
+    linear_class = Conv1D if isinstance(linear, Conv1D) else nn.Linear
+    quantized.adaptq_origin = Origin(linear_class, weight.dtype)
+    return quantized.requires_grad_(False)
+
+
 def _linear_4bit(weight: torch.Tensor, bias: bool, settings: QuantizationSettings) -> nn.Module:
     import bitsandbytes as bnb
 

@@ -26,8 +26,8 @@ def streamed_model(
     pass reads all blocks once. Everything outside the blocks is loaded. The model is on the accelerator, if there is
     one.
 
-    Weights that transformers makes from several tensors of the checkpoint, as fused experts, are written to a temporary
-    folder first, one at a time; the variable TMPDIR says where.
+    Weights that transformers makes from several tensors of the checkpoint, as fused experts, are written to a
+    temporary folder first, one at a time; the variable TMPDIR says where.
 
     Args:
         name: folder or Hub repository of the checkpoint.

@@ -1,0 +1,70 @@
+"""Tables that the command line prints, with Rich. Nothing here computes a result."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from rich.bar import Bar
+from rich.console import Console
+from rich.table import Table
+
+from .evaluation import MemoryPlan, MethodMemory
+from .selection import ActivationProfile
+
+
+def show_memory_plan(console: Console, model: str, plan: MemoryPlan) -> None:
+    """Print the bytes of each method, with each optimizer, and what preparing takes."""
+    title = f"{model}, {plan.dtype}: {len(plan.adapted)} of {plan.num_blocks} blocks adapted"
+    table = Table(title=f"Memory for training, without activations\n{title}", title_justify="left")
+    table.add_column("")
+    for name in plan.methods:
+        table.add_column(name, justify="right")
+    methods = list(plan.methods.values())
+    for name, values in _rows(methods):
+        table.add_row(name, *values)
+    for optimizer in methods[0].optimizer_states:
+        table.add_section()
+        table.add_row(f"{optimizer}: states", *(_gib(method.optimizer_states[optimizer]) for method in methods))
+        table.add_row("  in all", *(f"[bold]{_gib(method.training(optimizer))}[/]" for method in methods))
+    console.print(table)
+    console.print(
+        f"Linears of the blocks against {plan.dtype}: {plan.planned_ratio:.4f} planned, {plan.paper_ratio:.4f} by the "
+        "paper's (4L+12K)/16L, without scales and deltas.\n"
+        f"Peak while preparing: {_gib(plan.peak_in_memory)} if the model is loaded whole, "
+        f"{_gib(plan.peak_presplit)} if it is loaded split (adaptq_bnb_config).",
+        highlight=False,
+    )
+
+
+def _rows(methods: list[MethodMemory]) -> list[tuple[str, list[str]]]:
+    weights = [method.weights for method in methods]
+    return [
+        ("trained parameters", [f"{method.trained_parameters / 1e6:,.1f} M" for method in methods]),
+        ("linears of the blocks, quantized", [_gib(part.quantized_linears) for part in weights]),
+        ("linears of the blocks, others", [_gib(part.dense_linears) for part in weights]),
+        ("everything else of the model", [_gib(part.other) for part in weights]),
+        ("deltas or LoRA matrices", [_gib(part.adapters) for part in weights]),
+        ("gradients", [_gib(method.gradients) for method in methods]),
+    ]
+
+
+def show_scores(console: Console, profile: ActivationProfile, chosen: Collection[int], strategy: str) -> None:
+    """Print the statistics of each block, with the chosen ones marked."""
+    about = f"{profile.num_samples} samples, {profile.num_tokens:,} tokens; chosen by {strategy!r}"
+    table = Table(title=f"Activation profile: {about}", title_justify="left", box=None, padding=(0, 1))
+    general = profile.general_magnitude
+    for name in ("block", "magnitude", *(["on general text"] if general else []), "update"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    table.add_column("")
+    for block, value in enumerate(profile.magnitude):
+        numbers = [value, *([general[block]] if general else []), profile.update[block]]
+        color = "blue" if block in chosen else "bright_black"
+        bar = Bar(size=max(profile.magnitude), begin=0, end=value, width=30, color=color)
+        mark = "[blue]adapted[/]" if block in chosen else "[dim]quantized[/]"
+        table.add_row(str(block), *(f"{number:.4f}" for number in numbers), bar, mark)
+    console.print(table)
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:,.3f} GiB"
