@@ -111,7 +111,7 @@ def profile(
         bool, typer.Option("--stream", help="Read each layer from the disk when it runs; never load the blocks.")
     ] = False,
 ) -> None:
-    """Profile a model's blocks on texts, show them and the choice, and write the file for AdaptQConfig(profile=...)."""
+    """Profile a model's blocks on texts, show the choice, and write a file for AdaptQConfig(profile=...)."""
     from transformers import AutoTokenizer
 
     from .cli_tables import show_scores
