@@ -3,7 +3,7 @@
 from .memory import WeightBytes, measure_weight_bytes, paper_weight_ratio
 from .memory_plan import MemoryPlan, MethodMemory, largest_num_adapted_blocks, plan_memory
 from .optimizer_states import OPTIMIZERS, optimizer_state_bytes, trained_parameters
-from .perplexity import Perplexity, degradation, evaluate_perplexity
+from .perplexity import Perplexity, degradation, evaluate_perplexity, token_nll
 
 __all__ = [
     "OPTIMIZERS",
@@ -18,5 +18,6 @@ __all__ = [
     "optimizer_state_bytes",
     "paper_weight_ratio",
     "plan_memory",
+    "token_nll",
     "trained_parameters",
 ]

@@ -147,8 +147,18 @@ def _batch_nll(model: nn.Module, tokens: Tensor) -> float:
     tokens = tokens.to(input_device(model))
     logits = model(input_ids=tokens).logits[:, :-1].flatten(0, 1)
     targets = tokens[:, 1:].flatten()
-    parts = zip(logits.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
-    return sum(
-        nn.functional.cross_entropy(rows.float(), wanted.to(rows.device), reduction="sum").double().item()
-        for rows, wanted in parts
-    )
+    return token_nll(logits, targets).double().sum().item()
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log likelihood of each token in nats, in float32; differentiable.
+
+    Args:
+        logits: [tokens, vocabulary], any floating dtype.
+        targets: [tokens], on any device.
+
+    Returns:
+        [tokens], on the device of `logits`. Only `LOSS_ROWS` rows of the logits are in float32 at one time.
+    """
+    parts = zip(logits.split(LOSS_ROWS), targets.to(logits.device).split(LOSS_ROWS), strict=True)
+    return torch.cat([nn.functional.cross_entropy(rows.float(), wanted, reduction="none") for rows, wanted in parts])

@@ -1,0 +1,95 @@
+"""Runs a model with adapters as what it was before: its 16-bit original, or that with its linears quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..config import AdaptQConfig
+from ..layer import AdaptQLayer
+from ..module_names import base_name
+from ..quantization import OriginalWeights, is_quantized
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """The base as it was quantized: PEFT's `disable_adapter()`, after which `requires_grad` is as before.
+
+    A model without adapters stays as it is.
+
+    Raises:
+        ValueError: if adapters are merged: they would be unmerged, and stay so.
+    """
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in model.modules()):
+        raise ValueError(
+            "adapters are merged into this model, so it can't be compared with its base; call "
+            "`model.unmerge_adapter()` first"
+        )
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def original_model(model: nn.Module) -> Iterator[None]:
+    """The 16-bit original: adapters off, and original weights in place of quantized ones, exactly undone afterwards.
+
+    They come from where `unload()` takes them: kept by the adapter (`original_weights="keep"`), else the checkpoint.
+    All of them are in memory within the context.
+
+    Raises:
+        ValueError: if they can't be had; the message says what to do instead.
+    """
+    quantized = {
+        name: module
+        for name, module in model.named_modules()
+        if is_quantized(module) and not name.endswith(".adaptq_frozen")
+    }
+    originals = _restore(model, quantized)
+    layers = [layer for layer in model.modules() if isinstance(layer, AdaptQLayer)]
+    quantized_for = [layer.quantized_for for layer in layers]
+    with adapters_disabled(model):
+        try:
+            for name, original in originals.items():
+                model.set_submodule(name, original)
+            for layer in layers:
+                layer.quantized_for = {}
+            yield
+        finally:
+            for name, module in quantized.items():
+                model.set_submodule(name, module)
+            for layer, adapters in zip(layers, quantized_for, strict=True):
+                layer.quantized_for = adapters
+
+
+def _restore(model: nn.Module, quantized: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    configs = [c for c in getattr(model, "peft_config", {}).values() if isinstance(c, AdaptQConfig)]
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    revision = next((config.revision for config in configs), None)
+    originals = OriginalWeights(base, "checkpoint", revision)
+    try:
+        if any(c.original_weights == "dequantized" and c.quantization != "none" for c in configs):
+            raise ValueError('an adapter with original_weights="dequantized" has rounded all blocks.')
+        return {name: originals.restore(_checkpoint_name(name, model), module) for name, module in quantized.items()}
+    except ValueError as error:
+        raise ValueError(
+            f"The original model, to compare with, can't be had from this one: {error} Make "
+            "`base = BaseReference.of(model, ...)` before `get_peft_model` and pass it, or pass the original model as "
+            "base=..."
+        ) from error
+
+
+def _checkpoint_name(name: str, model: nn.Module) -> str:
+    """The dotted name in the base model's own checkpoint."""
+    return base_name(name.removeprefix("base_model.model.") if isinstance(model, PeftModel) else name)

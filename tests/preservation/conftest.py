@@ -1,0 +1,66 @@
+"""A tiny model on disk, a tokenizer of letters, and texts that it can be measured on."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from peft import get_peft_model
+from support import randomize
+from transformers import AutoModelForCausalLM
+
+from adaptq_peft import AdaptQConfig
+
+
+class LetterTokenizer:
+    """One token a character, with a BOS token (1) at the start of each text, in a vocabulary of 96."""
+
+    def __call__(self, text: str, **options) -> dict[str, list[int]]:
+        return {"input_ids": [1] + [3 + ord(letter) % 93 for letter in text]}
+
+
+def make_texts(seed: int, count: int = 24) -> list[str]:
+    generator = random.Random(seed)
+    return ["".join(generator.choices("abcdefgh ", k=generator.randint(5, 40))) for _ in range(count)]
+
+
+@pytest.fixture
+def tokenizer():
+    return LetterTokenizer()
+
+
+@pytest.fixture
+def general():
+    return make_texts(1)
+
+
+@pytest.fixture
+def domain():
+    return make_texts(2, count=10)
+
+
+@pytest.fixture
+def checkpoint(make_model, tmp_path):
+    """The folder of a tiny Llama whose predictions are far from uniform."""
+    model = make_model()
+    model.lm_head.weight.data.mul_(20)
+    model.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def load(checkpoint):
+    return lambda: AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+@pytest.fixture
+def adapt(load):
+    """Builds a PEFT model with a random adapter on blocks 1 and 3: `adapt(std=0.02, **config fields)`."""
+
+    def build(std: float = 0.02, **fields):
+        config = AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[1, 3], **fields)
+        model = get_peft_model(load(), config)
+        randomize(model, std=std)
+        return model
+
+    return build
