@@ -9,6 +9,7 @@ from .artifacts.hotswap import hotswap_adapter
 from .artifacts.lora_conversion import convert_to_lora
 from .artifacts.model_card import keep_section_when_cards_are_rewritten, update_model_card
 from .config import AdaptQConfig
+from .preservation import BaseReference, ForgettingCallback, ForgettingReport, fit_to_budget, measure_forgetting
 from .presplit import adaptq_bnb_config
 from .registration import register_tuner
 from .selection import ActivationProfile, SelectionRequest, profile_activations, register_selection_strategy
@@ -21,10 +22,15 @@ __all__ = [
     "ActivationProfile",
     "AdaptQConfig",
     "AdaptQTuner",
+    "BaseReference",
+    "ForgettingCallback",
+    "ForgettingReport",
     "SelectionRequest",
     "adaptq_bnb_config",
     "convert_to_lora",
+    "fit_to_budget",
     "hotswap_adapter",
+    "measure_forgetting",
     "profile_activations",
     "register_selection_strategy",
     "update_model_card",

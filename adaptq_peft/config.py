@@ -90,6 +90,9 @@ class AdaptQConfig(PeftConfig):
         evaluation: measured perplexities, for the model card: {"general": {"text": "WikiText-2 test", "base": 25.6,
             "quantized": 28.6, "adapted": 26.2}, ...}. "text" says on what; any of the four may be left out. Nothing
             fills it in but you and `adaptq demo`.
+        certificate: what `fit_to_budget` found: the budget that the adapter holds, the measured degradation, its upper
+            bound and confidence, the split, the documents and the factor of each block. Filled in; it holds for
+            the deltas as they were then, so set it to `None` if you train on.
         base_fingerprint: identifies the base model that the adapter was made for; filled in by `get_peft_model`.
         adaptq_version: version of the saved format; filled in.
 
@@ -121,6 +124,7 @@ class AdaptQConfig(PeftConfig):
     delta_scaling: float = 0.25
     delta_dtype: str | None = None
     evaluation: dict | None = None
+    certificate: dict | None = None
     base_fingerprint: dict | None = None
     adaptq_version: int = field(default=FORMAT_VERSION)
 

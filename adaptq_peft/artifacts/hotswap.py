@@ -34,6 +34,7 @@ _DESCRIPTION = (
     "selection_seed",
     "profile",
     "evaluation",
+    "certificate",
 )
 
 

@@ -114,6 +114,7 @@ def render_section(config: Mapping[str, Any], weights: Weights) -> str:
         _method(config),
         _table(("", ""), _facts(config, weights)),
         *_perplexities(config.get("evaluation")),
+        *_certificate(config.get("certificate")),
         *_profile(config),
         "### How to load",
         _how_to_load(config),
@@ -243,6 +244,23 @@ def _perplexities(evaluation: Mapping[str, Mapping[str, Any]] | None) -> list[st
         for name, figures in evaluation.items()
     ]
     return ["### Perplexity (lower is better)", _table(("text", *STAGES), rows)]
+
+
+def _certificate(certificate: Mapping[str, Any] | None) -> list[str]:
+    """What `fit_to_budget` certified; a bound for text like that which was measured."""
+    if not certificate:
+        return []
+    figures = {
+        name: f"{certificate[name]:+.2%}" for name in ("degradation", "upper_bound", "quantization", "training")
+    }
+    text = (
+        f"General perplexity is {figures['degradation']} against the 16-bit base, and at most {figures['upper_bound']} "
+        f"with {certificate['confidence']:.0%} confidence: within the budget of {certificate['budget']:+.1%}. "
+        f"Quantization brought {figures['quantization']}, training {figures['training']}. Measured on "
+        f"{certificate['num_documents']} documents, {certificate['num_tokens']:,} tokens, that were not used to choose "
+        "the scales. It holds for text of that kind only."
+    )
+    return ["### Forgetting, certified", text]
 
 
 def _figure(figures: Mapping[str, Any], stage: str) -> str:

@@ -60,6 +60,7 @@ def combined_config(configs: Sequence[AdaptQConfig]) -> AdaptQConfig:
     saved = {name for other in configs for name in other.modules_to_save or []}
     config.modules_to_save = sorted(saved) or None
     config.base_fingerprint = None  # it depends on the blocks; made again
+    config.evaluation = config.certificate = None  # measured on the others
     return config
 
 

@@ -1,6 +1,15 @@
 """Keeps what the model knew: forgetting measured, and held to a budget."""
 
+from .budget import fit_to_budget
 from .forgetting import BaseReference, measure_forgetting
+from .forgetting_callback import ForgettingCallback
 from .report import ForgettingReport, TextComparison
 
-__all__ = ["BaseReference", "ForgettingReport", "TextComparison", "measure_forgetting"]
+__all__ = [
+    "BaseReference",
+    "ForgettingCallback",
+    "ForgettingReport",
+    "TextComparison",
+    "fit_to_budget",
+    "measure_forgetting",
+]

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from ..evaluation import Perplexity, token_nll
 from ..evaluation_mode import evaluation_mode
@@ -157,6 +156,8 @@ def load_tokenizer(model: nn.Module, tokenizer: Any = None) -> Any:
     """
     if tokenizer is not None:
         return tokenizer
+    from transformers import AutoTokenizer
+
     name = getattr(model, "name_or_path", None) or ""
     try:
         return AutoTokenizer.from_pretrained(name)

@@ -124,6 +124,7 @@ class ForgettingReport:
             "domain_kl": self.domain_kl,
             "num_documents": len(self.general.base.nll),
             "num_tokens": self.general.base.total.num_tokens,
+            "scales": {str(block): scale for block, scale in self.scales.items()},
         }
         return {name: value for name, value in figures.items() if value is not None}
 

@@ -1,0 +1,127 @@
+"""A factor on what an adapter adds to each block, and the derivative of a loss with respect to all of them at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..evaluation import token_nll
+from ..evaluation_mode import evaluation_mode
+from ..layer import AdaptQLayer
+from ..selection import find_blocks
+from .documents import Documents
+
+#: Where the derivative at 0 is taken: a delta has no gradient where its factor is exactly 0.
+SMALLEST = 1e-3
+
+
+class BlockScales:
+    """W = W0 + factor * scale * delta, with one factor for each adapted block of a model; 1 is as it was trained.
+
+    Args:
+        model: a `PeftModel` with one active adapter, of ADAPTQ or LoRA.
+
+    Attributes:
+        blocks: indices of the blocks that have something to scale.
+
+    Raises:
+        ValueError: if there is no such adapter, several are active, or it is of a kind that can't be scaled.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.adapter = _active_adapter(model)
+        pattern = getattr(model.peft_config[self.adapter], "layers_pattern", None)  # type: ignore[union-attr, index]
+        found = {
+            block.index: _layers(block.module, self.adapter)
+            for block in find_blocks(model.get_base_model(), pattern or None)  # type: ignore[operator]
+        }
+        self._layers = {index: layers for index, layers in found.items() if layers}
+        self.blocks = list(self._layers)
+        if not self.blocks:
+            raise ValueError(f"adapter {self.adapter!r} adds nothing to any block, so there is nothing to scale")
+        self._trained = {layer: layer.scaling[self.adapter] for layers in self._layers.values() for layer in layers}
+        self._parameters = {
+            index: [parameter for layer in layers for parameter in linear_parameters(layer, self.adapter)]
+            for index, layers in self._layers.items()
+        }
+
+    def set(self, factors: np.ndarray) -> None:
+        """Run with these factors, [blocks], from now on."""
+        for factor, layers in zip(factors, self._layers.values(), strict=True):
+            for layer in layers:
+                layer.scaling[self.adapter] = self._trained[layer] * float(factor)
+
+    @torch.no_grad()
+    def fold(self, factors: np.ndarray) -> None:
+        """Multiply the deltas by these factors and run with factor 1: so they are saved, loaded and merged."""
+        for factor, parameters in zip(factors, self._parameters.values(), strict=True):
+            for parameter in parameters:
+                parameter.mul_(float(factor))
+        self.set(np.ones(len(self.blocks)))
+
+    def gradient(self, factors: np.ndarray, documents: Documents, batch_size: int) -> np.ndarray:
+        """d loss / d factor of each block at these factors, in nats a token: [blocks], from one backward pass.
+
+        W is linear in each delta, so the derivative is <d loss / d delta, delta> / factor.
+        """
+        factors = np.maximum(factors, SMALLEST)
+        self.set(factors)
+        flat = [parameter for parameters in self._parameters.values() for parameter in parameters]
+        flags = [parameter.requires_grad for parameter in flat]
+        try:
+            for parameter in flat:
+                parameter.requires_grad_(True)
+            return self._products(flat, documents, batch_size) / factors
+        finally:
+            for parameter, flag in zip(flat, flags, strict=True):
+                parameter.requires_grad_(flag)
+
+    def _products(self, flat: list[Tensor], documents: Documents, batch_size: int) -> np.ndarray:
+        """<d loss / d delta, delta>, summed over the deltas of each block."""
+        products, count = torch.zeros(len(flat), dtype=torch.float64), 0
+        for batch in documents.batches(batch_size):
+            with evaluation_mode(self._model), torch.enable_grad():
+                loss = token_nll(batch.logits(self._model), batch.targets).sum()
+                gradients = torch.autograd.grad(loss, flat, allow_unused=True)
+            products += torch.tensor([_dot(g, p) for g, p in zip(gradients, flat, strict=True)], dtype=torch.float64)
+            count += len(batch.targets)
+        sizes = [len(parameters) for parameters in self._parameters.values()]
+        return np.array([float(part.sum()) for part in products.split(sizes)]) / count
+
+
+def linear_parameters(layer: BaseTunerLayer, adapter: str) -> list[Tensor]:
+    """The parameters of an adapter in a layer by which the weight is multiplied if they all are: deltas, or LoRA's B.
+
+    Raises:
+        ValueError: if the layer is of another method, or of DoRA, where the weight is not linear in any.
+    """
+    if isinstance(layer, AdaptQLayer):
+        return list(layer.adaptq_delta[adapter].parameters())
+    if isinstance(layer, LoraLayer) and adapter not in layer.lora_magnitude_vector:
+        if adapter in layer.lora_B:
+            return list(layer.lora_B[adapter].parameters())
+        return [layer.lora_embedding_B[adapter]]
+    raise ValueError(f"adapters in a {type(layer).__name__} can't be scaled; allowed: ADAPTQ and LoRA without DoRA")
+
+
+def _active_adapter(model: nn.Module) -> str:
+    active: Any = getattr(model, "active_adapters", []) if isinstance(model, PeftModel) else []
+    if len(active) != 1:
+        raise ValueError(f"one active adapter is needed, and {type(model).__name__} has {list(active)}")
+    return active[0]
+
+
+def _layers(block: nn.Module, adapter: str) -> list[Any]:
+    layers = [module for module in block.modules() if isinstance(module, BaseTunerLayer)]
+    return [layer for layer in layers if adapter in getattr(layer, "scaling", {})]
+
+
+def _dot(gradient: Tensor | None, parameter: Tensor) -> float:
+    return 0.0 if gradient is None else float((gradient.float() * parameter.detach().float()).sum())

@@ -1,0 +1,125 @@
+"""The budget: derivatives by finite differences, a bound that is held, scales that survive save, load and merge."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from support import logits
+
+from adaptq_peft import AdaptQConfig, fit_to_budget
+from adaptq_peft.preservation.block_scales import BlockScales
+from adaptq_peft.preservation.budget import propose_step
+from adaptq_peft.preservation.documents import measure_documents, tokenize_documents
+
+
+def mean_loss(model, documents):
+    total = measure_documents(model, documents).total
+    return total.nll / total.num_tokens
+
+
+@pytest.fixture(params=["adaptq", "lora"])
+def scaled(request, adapt, load):
+    if request.param == "adaptq":
+        return adapt(std=0.1, quantization="none")
+    config = LoraConfig(target_modules=["q_proj", "down_proj"], layers_to_transform=[1, 3], init_lora_weights=False)
+    return get_peft_model(load(), config)
+
+
+def test_one_backward_pass_gives_the_derivative_of_each_scale(scaled, general, tokenizer):
+    documents, scales, factors = tokenize_documents(tokenizer, general), BlockScales(scaled), np.array([0.7, 0.4])
+    found = scales.gradient(factors, documents, batch_size=4)
+    assert scales.blocks == [1, 3]
+    for block in range(2):
+        shift, losses = np.eye(2)[block] * 0.02, []
+        for moved in (factors + shift, factors - shift):
+            scales.set(moved)
+            losses.append(mean_loss(scaled, documents))
+        assert found[block] == pytest.approx((losses[0] - losses[1]) / 0.04, rel=0.03, abs=1e-4)
+
+
+def test_fold_gives_the_outputs_of_set(scaled, batch):
+    scales, factors = BlockScales(scaled), np.array([0.5, 0.25])
+    scales.set(factors)
+    expected = logits(scaled, batch)
+    scales.fold(factors)
+    assert torch.equal(logits(scaled, batch), expected)
+
+
+def test_gradient_leaves_flags_and_gradients_alone(adapt, general, tokenizer):
+    model = adapt(inference_mode=True)
+    BlockScales(model).gradient(np.zeros(2), tokenize_documents(tokenizer, general), 8)
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_step_lowers_the_domain_loss_within_the_slack():
+    factors, domain, general = np.full(3, 0.5), np.array([-1.0, -1.0, 1.0]), np.array([1.0, -0.1, 0.0])
+    free = propose_step(factors, domain, general, slack=10, radius=0.1)
+    assert free == pytest.approx([0.6, 0.6, 0.4])
+    held = propose_step(factors, domain, general, slack=0, radius=0.1)
+    assert general @ (held - factors) <= 0
+    assert domain @ (held - factors) < 0
+    assert propose_step(np.ones(3), np.zeros(3), np.zeros(3), 0, 0.1).tolist() == [1, 1, 1]
+
+
+def test_a_budget_is_held_and_survives_save_load_and_merge(adapt, load, general, domain, tokenizer, batch, tmp_path):
+    model = adapt(std=0.3)
+    report = fit_to_budget(model, general * 2, domain, 0.5, tokenizer=tokenizer)
+    assert report.feasible
+    assert report.degradation < report.upper_bound <= 0.5
+    assert list(report.scales) == [1, 3]
+    assert 0 <= min(report.scales.values()) < 1
+    assert model.peft_config["default"].certificate == report.certificate()
+    expected = logits(model, batch)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(load(), tmp_path / "adapter")
+    assert torch.equal(logits(loaded, batch), expected)
+    assert loaded.peft_config["default"].certificate == report.certificate()
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert f"at most {report.upper_bound:+.2%} with 95% confidence: within the budget of +50.0%" in card
+    assert torch.allclose(logits(loaded.merge_and_unload(), batch), expected, atol=1e-4)
+
+
+def test_a_harmless_adapter_keeps_its_scale(adapt, general, domain, tokenizer):
+    report = fit_to_budget(adapt(std=1e-5, quantization="none"), general, domain, 0.05, tokenizer=tokenizer)
+    assert report.feasible
+    assert report.quantization == 0
+
+
+def test_if_no_scale_holds_the_budget_the_adapter_is_left_and_the_way_out_named(
+    adapt, general, domain, tokenizer, batch
+):
+    model = adapt(std=0.3)
+    before = logits(model, batch)
+    report = fit_to_budget(model, general, domain, -0.9, tokenizer=tokenizer)
+    assert not report.feasible
+    assert model.peft_config["default"].certificate is None
+    assert torch.equal(logits(model, batch), before)
+    assert "infeasible" in str(report)
+    assert "Quantizing alone costs" in report.note
+    assert report.upper_bound > -0.9
+
+
+def test_what_is_missing_is_named(adapt, load, general, domain, tokenizer):
+    with pytest.raises(ValueError, match="there is no domain text to keep the gain on"):
+        fit_to_budget(adapt(), general, tokenizer=tokenizer)
+    with pytest.raises(
+        ValueError, match="there are 15 general documents; half choose and half certify, so at least 16"
+    ):
+        fit_to_budget(adapt(), general[:15], domain, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="budget is -1; allowed: a fraction above -1"):
+        fit_to_budget(adapt(), general, domain, -1, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="one active adapter is needed, and LlamaForCausalLM has"):
+        fit_to_budget(load(), general, domain, tokenizer=tokenizer)
+    dora = get_peft_model(load(), LoraConfig(target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(ValueError, match="can't be scaled; allowed: ADAPTQ and LoRA without DoRA"):
+        fit_to_budget(dora, general, domain, tokenizer=tokenizer)
+
+
+def test_a_combined_adapter_carries_no_certificate(adapt):
+    model = adapt()
+    model.peft_config["default"].certificate = {"budget": 0.05}
+    model.add_adapter("other", AdaptQConfig(layers_to_transform=[1, 3]))
+    model.base_model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both")
+    assert model.peft_config["both"].certificate is None

@@ -1,0 +1,122 @@
+"""Forgetting: the base is found wherever it is, the model is left as it was, and the figures add up."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from support import logits, randomize
+
+from adaptq_peft import AdaptQConfig, BaseReference, measure_forgetting
+from adaptq_peft.preservation.forgetting import _top_log_probs as top_log_probs
+from adaptq_peft.preservation.forgetting import kl_divergence
+from adaptq_peft.preservation.original_model import original_model
+
+
+def test_the_base_is_the_same_from_before_the_checkpoint_kept_weights_and_another_model(
+    adapt, load, general, domain, tokenizer
+):
+    reference = BaseReference.of(load(), general, domain, tokenizer=tokenizer)
+    reports = [measure_forgetting(adapt(), base=reference, budget=0.05)]
+    reports += [
+        measure_forgetting(model, general, domain, tokenizer=tokenizer, base=base, budget=0.05)
+        for model, base in ((adapt(), None), (adapt(original_weights="keep"), None), (adapt(), load()))
+    ]
+    assert {report.general.base.total.nll for report in reports} == {reference.general_losses.total.nll}
+    assert len({(report.degradation, report.upper_bound, report.domain_kl) for report in reports}) == 1
+    report = reports[0]
+    assert report.quantization + report.training == pytest.approx(report.degradation)
+    assert report.quantization != 0
+    assert report.training != 0
+    assert report.domain_kl > 0
+    assert report.upper_bound > report.degradation
+    assert report.feasible == (report.upper_bound <= 0.05)
+
+
+def test_the_model_is_as_it_was_afterwards(adapt, general, domain, tokenizer, batch):
+    model = adapt(inference_mode=True)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    before, names = logits(model, batch), [name for name, _ in model.named_modules()]
+    measure_forgetting(model, general, domain, tokenizer=tokenizer)
+    assert torch.equal(logits(model, batch), before)
+    assert [name for name, _ in model.named_modules()] == names
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+
+
+def test_original_model_is_bit_identical_to_the_base_and_undone_after_an_error(adapt, load, batch):
+    model, expected = adapt(), logits(load(), batch)
+    before = logits(model, batch)
+    with pytest.raises(RuntimeError, match="stop"), original_model(model):  # noqa: PT012
+        assert torch.equal(logits(model, batch), expected)
+        raise RuntimeError("stop")
+    assert torch.equal(logits(model, batch), before)
+
+
+def test_a_layer_that_one_adapter_trains_and_another_froze_runs_its_original(adapt, load, batch):
+    model = adapt()
+    model.add_adapter("other", AdaptQConfig(layers_to_transform=[0]))
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        with original_model(model):
+            assert torch.equal(logits(model, batch), logits(load(), batch))
+
+
+def test_an_untrained_adapter_costs_only_its_quantization(adapt, general, tokenizer):
+    report = measure_forgetting(adapt(std=0), general, tokenizer=tokenizer)
+    assert report.training == 0
+    assert report.degradation == report.quantization
+
+
+def test_without_quantization_all_is_training_also_for_lora(load, general, tokenizer):
+    model = get_peft_model(load(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    report = measure_forgetting(model, general, tokenizer=tokenizer)
+    assert report.quantization == 0
+    assert report.training == report.degradation != 0
+
+
+def test_kl_of_the_top_is_a_lower_bound_and_exact_with_the_whole_vocabulary():
+    generator = torch.Generator().manual_seed(0)
+    base, model = torch.randn(2, 300, 50, generator=generator) * 2
+    exact = torch.nn.functional.kl_div(
+        model.log_softmax(-1), base.log_softmax(-1), reduction="sum", log_target=True
+    ).item()
+    assert kl_divergence(top_log_probs(base, 50), model) == pytest.approx(exact, rel=1e-4)
+    assert 0.5 * exact < kl_divergence(top_log_probs(base, 10), model) < exact
+    assert kl_divergence(top_log_probs(base, 10), base) == pytest.approx(0, abs=1e-4)
+
+
+def test_report_prints_and_plots(adapt, general, domain, tokenizer, tmp_path):
+    report = measure_forgetting(adapt(), general, domain, tokenizer=tokenizer, budget=-0.5)
+    text = str(report)
+    assert f"{report.degradation:+.2%} = quantization {report.quantization:+.2%}" in text
+    assert f"At most {report.upper_bound:+.2%} with 95% confidence, for text like this (24 documents" in text
+    assert "Budget -50.0%: infeasible" in text
+    pytest.importorskip("matplotlib")
+    report.plot(tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 5000
+
+
+def test_with_few_documents_nothing_is_bounded(adapt, general, tokenizer):
+    assert measure_forgetting(adapt(), general[:3], tokenizer=tokenizer).upper_bound == math.inf
+
+
+def test_what_is_missing_is_named(adapt, make_model, general, tokenizer):
+    with pytest.raises(ValueError, match="there is no general text to measure on; pass general_texts"):
+        measure_forgetting(adapt())
+    in_memory = get_peft_model(make_model(), AdaptQConfig(layers_to_transform=[1]))
+    with pytest.raises(ValueError, match=r"can't be had from this one: .*built in memory.*BaseReference\.of"):
+        measure_forgetting(in_memory, general, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="no tokenizer was given, and none could be loaded for PeftModel"):
+        measure_forgetting(in_memory, general)
+    reference = BaseReference.of(make_model(), general, tokenizer=tokenizer)
+    with pytest.raises(
+        ValueError, match=r"has its own texts and settings; leave out \['general_texts', 'tokenizer'\]"
+    ):
+        measure_forgetting(in_memory, general, base=reference, tokenizer=tokenizer)
+    merged: PeftModel = adapt()
+    randomize(merged)
+    merged.merge_adapter()
+    with pytest.raises(ValueError, match="adapters are merged into this model"):
+        measure_forgetting(merged, general, tokenizer=tokenizer)
