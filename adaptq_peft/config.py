@@ -16,7 +16,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import BitsAndBytesConfig
 
 from .artifacts.checkpoint import check_weights_file
-from .artifacts.model_card import STAGES, update_model_card
+from .artifacts.model_card import CERTIFIED, STAGES, update_model_card
 from .quantization import ORIGINAL_WEIGHTS, QUANTIZATION_NAMES
 from .quantization.calibrated import CALIBRATION_METHODS
 from .registration import ensure_peft_type
@@ -194,9 +194,9 @@ class AdaptQConfig(PeftConfig):
         If the weights lie there, the section about the adapter in README.md is brought up to date.
 
         Raises:
-            ValueError: if `evaluation` is not in the form that is documented above.
+            ValueError: if `evaluation` or `certificate` is not in the form that is documented above.
         """
-        faults = list(_check_evaluation(self))  # is filled in late
+        faults = [*_check_evaluation(self), *_check_certificate(self)]  # are filled in late
         if faults:
             raise ValueError(f"the config can't be saved: {faults[0]}")
         os.makedirs(save_directory, exist_ok=True)
@@ -316,6 +316,15 @@ def _is_measurement(entry: dict) -> bool:
     return bool(figures) and numbers and set(entry) <= {"text", *STAGES} and isinstance(entry.get("text", ""), str)
 
 
+def _check_certificate(config: AdaptQConfig) -> Iterator[str]:
+    certificate = config.certificate
+    if certificate is None:
+        return
+    figures = [certificate.get(name) for name in CERTIFIED] if isinstance(certificate, dict) else [None]
+    if not all(type(figure) in (int, float) and math.isfinite(figure) for figure in figures):
+        yield f"certificate is {certificate!r}; allowed: None or what fit_to_budget made, with numbers for {CERTIFIED}"
+
+
 def _check_version(config: AdaptQConfig) -> Iterator[str]:
     if config.adaptq_version != FORMAT_VERSION:
         yield (
@@ -337,5 +346,6 @@ _CHECKS = (
     _check_scaling,
     _check_dtype,
     _check_evaluation,
+    _check_certificate,
     _check_version,
 )

@@ -47,6 +47,10 @@ def test_defaults():
         ({"delta_scaling": float("inf")}, r"delta_scaling is inf; allowed"),
         ({"delta_dtype": "int8"}, r"delta_dtype is 'int8'; allowed: None or one of \['float32', 'bfloat16'"),
         ({"evaluation": {}, "adaptq_version": 2}, r"is not valid:\n- adaptq_version is 2"),
+        (
+            {"certificate": {"budget": 0.05}},
+            r"certificate is \{'budget': 0.05\}; allowed: None or what",
+        ),
         ({"evaluation": [1]}, r"evaluation is \[1\]; allowed: None or a dict such as"),
         ({"evaluation": {"general": {}}}, r"evaluation is \{'general': \{\}\}; allowed"),
         (

@@ -30,6 +30,11 @@ from .. import __version__
 CARD_NAME = "README.md"
 BEGIN, END = "<!-- adaptq_peft: begin -->", "<!-- adaptq_peft: end -->"
 STAGES = ("base", "quantized", "adapted")
+#: What a certificate must have; see `adaptq_peft.fit_to_budget`.
+CERTIFIED = (
+    *("budget", "confidence", "degradation", "upper_bound", "quantization", "training"),
+    *("num_documents", "num_tokens"),
+)
 ADAPTER_PLACEHOLDER = "USER/REPOSITORY"
 
 _AUTO_CLASSES = {
@@ -250,15 +255,13 @@ def _certificate(certificate: Mapping[str, Any] | None) -> list[str]:
     """What `fit_to_budget` certified; a bound for text like that which was measured."""
     if not certificate:
         return []
-    figures = {
-        name: f"{certificate[name]:+.2%}" for name in ("degradation", "upper_bound", "quantization", "training")
-    }
     text = (
-        f"General perplexity is {figures['degradation']} against the 16-bit base, and at most {figures['upper_bound']} "
-        f"with {certificate['confidence']:.0%} confidence: within the budget of {certificate['budget']:+.1%}. "
-        f"Quantization brought {figures['quantization']}, training {figures['training']}. Measured on "
-        f"{certificate['num_documents']} documents, {certificate['num_tokens']:,} tokens, that were not used to choose "
-        "the scales. It holds for text of that kind only."
+        f"General perplexity is {certificate['degradation']:+.2%} against the 16-bit base, and at most "
+        f"{certificate['upper_bound']:+.2%} with {certificate['confidence']:.0%} confidence: within the budget of "
+        f"{certificate['budget']:+.1%}. Quantization brought {certificate['quantization']:+.2%}, training "
+        f"{certificate['training']:+.2%}. Measured on {certificate['num_documents']} documents, "
+        f"{certificate['num_tokens']:,} tokens, that were not used to choose the scales. It holds for text of that "
+        "kind only."
     )
     return ["### Forgetting, certified", text]
 

@@ -1,6 +1,7 @@
 """Keeps what the model knew: forgetting measured, and held to a budget."""
 
 from .budget import fit_to_budget
+from .denoising import threshold_deltas
 from .forgetting import BaseReference, measure_forgetting
 from .forgetting_callback import ForgettingCallback
 from .report import ForgettingReport, TextComparison
@@ -12,4 +13,5 @@ __all__ = [
     "TextComparison",
     "fit_to_budget",
     "measure_forgetting",
+    "threshold_deltas",
 ]

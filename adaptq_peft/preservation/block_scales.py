@@ -36,7 +36,7 @@ class BlockScales:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self.adapter = _active_adapter(model)
+        self.adapter = active_adapter(model)
         pattern = getattr(model.peft_config[self.adapter], "layers_pattern", None)  # type: ignore[union-attr, index]
         found = {
             block.index: _layers(block.module, self.adapter)
@@ -111,7 +111,8 @@ def linear_parameters(layer: BaseTunerLayer, adapter: str) -> list[Tensor]:
     raise ValueError(f"adapters in a {type(layer).__name__} can't be scaled; allowed: ADAPTQ and LoRA without DoRA")
 
 
-def _active_adapter(model: nn.Module) -> str:
+def active_adapter(model: nn.Module) -> str:
+    """Name of the one active adapter of a `PeftModel`; ValueError if it is none or several."""
     active: Any = getattr(model, "active_adapters", []) if isinstance(model, PeftModel) else []
     if len(active) != 1:
         raise ValueError(f"one active adapter is needed, and {type(model).__name__} has {list(active)}")

@@ -241,6 +241,6 @@ def _check(reference: BaseReference, budget: float) -> None:
         raise ValueError(f"budget is {budget}; allowed: a fraction above -1, such as 0.05 for 5%")
     if reference.general.num_documents < 2 * MIN_DOCUMENTS:
         raise ValueError(
-            f"there are {reference.general.num_documents} general documents; half choose and half certify, so at least "
-            f"{2 * MIN_DOCUMENTS} are needed, and 64 or more are better"
+            f"there are {reference.general.num_documents} general documents; half choose and half certify, so at "
+            f"least {2 * MIN_DOCUMENTS} are needed, and 64 or more are better"
         )

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 class ForgettingCallback(TrainerCallback):
     """At each evaluation logs general perplexity, degradation and KL through `trainer.log`, so every tracker has them.
 
-    `trainer.add_callback(ForgettingCallback(trainer, reference))`, for transformers' `Trainer`, TRL's trainers, and any
-    PEFT method. A callback is not told its trainer, so it is given one, as TRL's are. Logged are
+    `trainer.add_callback(ForgettingCallback(trainer, reference))`, for transformers' `Trainer`, TRL's trainers, and
+    any PEFT method. A callback is not told its trainer, so it is given one, as TRL's are. Logged are
     `eval_general_perplexity`, `eval_general_degradation`, `eval_general_upper_bound` and, if the reference has domain
-    text, `eval_domain_perplexity`, `eval_domain_change` and `eval_domain_kl`. They are in the metrics of the evaluation
-    too, so each can be `metric_for_best_model`.
+    text, `eval_domain_perplexity`, `eval_domain_change` and `eval_domain_kl`. They are in the metrics of the
+    evaluation too, so each can be `metric_for_best_model`.
 
     Args:
         trainer: the trainer that it is added to.
