@@ -1,5 +1,7 @@
-"""Keeps what the model knew: forgetting measured, and held to a budget."""
+"""Keeps what the model knew: forgetting measured, anchored while the model trains, and held to a budget."""
 
+from .anchor import Anchor
+from .anchor_callback import PreservationCallback
 from .budget import fit_to_budget
 from .denoising import threshold_deltas
 from .forgetting import BaseReference, measure_forgetting
@@ -7,9 +9,11 @@ from .forgetting_callback import ForgettingCallback
 from .report import ForgettingReport, TextComparison
 
 __all__ = [
+    "Anchor",
     "BaseReference",
     "ForgettingCallback",
     "ForgettingReport",
+    "PreservationCallback",
     "TextComparison",
     "fit_to_budget",
     "measure_forgetting",

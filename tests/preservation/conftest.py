@@ -8,7 +8,8 @@ import pytest
 import torch
 from peft import get_peft_model
 from support import randomize
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from adaptq_peft import AdaptQConfig
 
@@ -70,3 +71,19 @@ def adapt(load):
         return model
 
     return build
+
+
+@pytest.fixture
+def general_samples() -> list[dict[str, list[int]]]:
+    """20 general texts of different lengths, as tokens of the tiny models."""
+    generator = torch.Generator().manual_seed(8)
+    return [{"input_ids": torch.randint(3, 40, (6 + i % 5,), generator=generator).tolist()} for i in range(20)]
+
+
+@pytest.fixture
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    names = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")

@@ -1,0 +1,262 @@
+"""What the base model answers on general text, cached once: the teacher of the anchor, with no second model in memory.
+
+At each position the cache holds the k most likely next tokens and the log probabilities of them and of all others
+together: 4k + 2 bytes a token for vocabularies up to 65,536 tokens, 6k + 2 for larger ones.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..evaluation_mode import evaluation_mode
+from ..offloading import input_device
+from ..quantization import is_quantized
+from ..selection.calibration import Batch, calibration_batches
+from .top_k_kl import LOG_ZERO, top_k_log_probs
+
+_FORMAT = "adaptq_base_answers_1"
+
+
+@dataclass(frozen=True)
+class AnsweredText:
+    """A text and the base's answers to it.
+
+    Attributes:
+        input_ids: [tokens], int32.
+        tokens: [answers, k], uint16 or int32: the most likely next tokens after the first `answers` tokens.
+        log_probs: [answers, k + 1], float16: natural log probabilities of them, and of all other tokens together.
+    """
+
+    input_ids: Tensor
+    tokens: Tensor
+    log_probs: Tensor
+
+
+class BaseAnswers(Sequence[AnsweredText]):
+    """The answers to a list of texts, on the CPU.
+
+    Args:
+        texts: the texts with their answers.
+        vocabulary: number of tokens that the base chooses among.
+    """
+
+    def __init__(self, texts: Sequence[AnsweredText], vocabulary: int) -> None:
+        self._texts = list(texts)
+        self.vocabulary = vocabulary
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._texts[index]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(part.nbytes for text in self._texts for part in (text.input_ids, text.tokens, text.log_probs))
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of all texts."""
+        return sum(text.input_ids.numel() for text in self._texts)
+
+    @property
+    def digest(self) -> int:
+        """A checksum of the texts' tokens."""
+        return zlib.crc32(torch.cat([text.input_ids for text in self._texts]).numpy().tobytes())
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        general_texts: Any = None,
+        tokenizer: Any = None,
+        *,
+        samples: int = 256,
+        max_length: int = 256,
+        top_k: int = 64,
+        batch_size: int = 8,
+    ) -> BaseAnswers:
+        """Ask a causal language model, without gradients, on the device that it is on.
+
+        Call it with the original model, before `get_peft_model` quantizes. A `PeftModel` answers with its adapters
+        off. If linears of that base are quantized, a warning says so: the anchor then holds the model to the quantized
+        base and can't undo what rounding broke.
+
+        Args:
+            model: returns `logits` [batch, positions, vocabulary].
+            general_texts: as `calibration_data` of `AdaptQConfig`: texts, dicts, a Dataset, a DataLoader or the path
+                of a file. None: the model writes its own (`samples` texts of up to 128 tokens).
+            tokenizer: for texts; None takes the one that `model.name_or_path` names.
+            samples: texts at most, taken evenly spaced. Default 256.
+            max_length: tokens that a text is cut to. Default 256.
+            top_k: tokens kept at each position, at least 1. Default 64.
+            batch_size: texts run at once. It changes the speed only.
+
+        Raises:
+            ValueError: if the texts can't be used, `top_k` is under 1, or the model has a decoder of its own.
+        """
+        if top_k < 1:
+            raise ValueError(f"top_k={top_k}; it must be at least 1 (64 is usual)")
+        found: list[AnsweredText] = []
+        vocabulary = 0
+        with _base_of(model), evaluation_mode(model), torch.no_grad():
+            for batch in _read(model, general_texts, tokenizer, samples, max_length, batch_size):
+                logits = model(**_to(batch, input_device(model))).logits
+                vocabulary = logits.shape[-1]
+                found += [
+                    _answered(row, *top_k_log_probs(row_logits, min(top_k, vocabulary)), _smallest_dtype(vocabulary))
+                    for row, row_logits in _unpadded(batch, logits)
+                ]
+        return cls(found, vocabulary)
+
+    @classmethod
+    def replay(
+        cls,
+        model: nn.Module,
+        general_texts: Any = None,
+        tokenizer: Any = None,
+        *,
+        samples: int = 256,
+        max_length: int = 256,
+    ) -> BaseAnswers:
+        """The texts themselves as answers: KL to them is the cross-entropy of predicting the next token.
+
+        The model is run only if it has to write the texts. Arguments and errors as in `of`.
+        """
+        found = []
+        with _base_of(model) if general_texts is None else nullcontext():
+            for batch in _read(model, general_texts, tokenizer, samples, max_length, 1):
+                for row, _ in _unpadded(batch, batch["input_ids"]):
+                    following = row[1:, None]
+                    certain = torch.tensor([0.0, LOG_ZERO]).expand(len(following), 2)
+                    found.append(_answered(row, following, certain, torch.int32))
+        return cls(found, 1 + max(int(text.input_ids.max()) for text in found))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the answers to a safetensors file, so that the base need not be asked again."""
+        lengths = [[text.input_ids.numel(), text.tokens.shape[0]] for text in self._texts]
+        tensors = {
+            "lengths": torch.tensor(lengths, dtype=torch.int64),
+            "input_ids": torch.cat([text.input_ids for text in self._texts]),
+            "tokens": torch.cat([text.tokens for text in self._texts]),
+            "log_probs": torch.cat([text.log_probs for text in self._texts]),
+        }
+        save_file(tensors, path, metadata={"format": _FORMAT, "vocabulary": str(self.vocabulary)})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> BaseAnswers:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: if the file holds something else.
+        """
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(
+                    f"{str(path)!r} has format {metadata.get('format')!r}; BaseAnswers.load reads {_FORMAT!r}, as "
+                    "BaseAnswers.save writes it"
+                )
+            lengths = file.get_tensor("lengths").T.tolist()
+            parts = [
+                file.get_tensor(name).split(sizes)
+                for name, sizes in zip(("input_ids", "tokens", "log_probs"), (*lengths, lengths[1]), strict=True)
+            ]
+        texts = [AnsweredText(*[part.clone() for part in text]) for text in zip(*parts, strict=True)]
+        return cls(texts, int(metadata["vocabulary"]))
+
+
+def collate(texts: Sequence[AnsweredText], device: torch.device) -> tuple[Batch, Tensor, Tensor, Tensor]:
+    """A padded batch and the answers to it, on `device`.
+
+    Returns:
+        "input_ids" and "attention_mask", int64, [texts, longest], padded on the right; the rows [n] of the flattened
+        [texts * longest] positions that have answers; tokens [n, k], int64; log probabilities [n, k + 1], float32.
+    """
+    ids = nn.utils.rnn.pad_sequence([text.input_ids.long() for text in texts], batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(text.input_ids).long() for text in texts], batch_first=True)
+    rows = torch.cat([torch.arange(len(text.tokens)) + i * ids.shape[1] for i, text in enumerate(texts)])
+    tokens = torch.cat([text.tokens for text in texts]).long()
+    log_probs = torch.cat([text.log_probs for text in texts]).float()
+    batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    return batch, rows.to(device), tokens.to(device), log_probs.to(device)
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether a model has adapters that can be switched off: made by PEFT, or by transformers' `add_adapter`."""
+    return isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)
+
+
+@contextmanager
+def _base_of(model: Any) -> Iterator[None]:
+    """The model with its adapters off, within the context."""
+    if any(is_quantized(module) for module in model.modules()):
+        warnings.warn(
+            "Linears of the model are quantized, so the anchor's answers come from the quantized base: training is "
+            "held to it, and can't undo what rounding to fewer bits broke. Where the original model fits in memory, "
+            "call PreservationCallback.from_base(model, ...) with it, before get_peft_model.",
+            stacklevel=5,
+        )
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            yield
+    elif has_adapter(model):
+        model.disable_adapters()
+        try:
+            yield
+        finally:
+            model.enable_adapters()
+    else:
+        yield
+
+
+def _read(
+    model: nn.Module, general_texts: Any, tokenizer: Any, samples: int, max_length: int, batch_size: int
+) -> Iterator[Batch]:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} has an encoder and a decoder; the anchor works with decoder-only language models"
+        )
+    try:
+        batches = calibration_batches(
+            model, general_texts, tokenizer=tokenizer, samples=samples, max_length=max_length, batch_size=batch_size
+        )
+    except ValueError as error:
+        raise ValueError(f"The general texts of the anchor can't be read. {error}") from error
+    for batch in batches:
+        if "input_ids" not in batch:
+            raise ValueError(f"The general texts of the anchor have {sorted(batch)}, and no 'input_ids'.")
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        yield {"input_ids": batch["input_ids"], "attention_mask": mask}
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _unpadded(batch: Batch, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each row of a batch its tokens [length] and its `values` [length, ...], without padding; two tokens up."""
+    for ids, mask, row in zip(batch["input_ids"], batch["attention_mask"].bool(), values, strict=True):
+        if mask.sum() > 1:
+            yield ids[mask], row[mask.to(row.device)]
+
+
+def _smallest_dtype(vocabulary: int) -> torch.dtype:
+    return torch.uint16 if vocabulary <= 2**16 else torch.int32
+
+
+def _answered(ids: Tensor, tokens: Tensor, log_probs: Tensor, dtype: torch.dtype) -> AnsweredText:
+    return AnsweredText(ids.int().cpu(), tokens.to(dtype).cpu(), log_probs.half().cpu())

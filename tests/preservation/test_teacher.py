@@ -1,0 +1,137 @@
+"""What the base answers, how it is stored, and who answers when adapters are on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from support import randomize
+
+from adaptq_peft import AdaptQConfig
+from adaptq_peft.preservation.teacher import BaseAnswers, collate
+from adaptq_peft.preservation.top_k_kl import top_k_log_probs
+
+
+def same(left, right):
+    return len(left) == len(right) and all(
+        torch.equal(getattr(a, name), getattr(b, name))
+        for a, b in zip(left, right, strict=True)
+        for name in ("input_ids", "tokens", "log_probs")
+    )
+
+
+def test_answers_are_those_of_each_text_alone(model, general_samples):
+    answers = BaseAnswers.of(model, general_samples, top_k=5, batch_size=7)
+    assert sorted(text.input_ids.tolist() for text in answers) == sorted(
+        sample["input_ids"] for sample in general_samples
+    )
+    for text in answers:
+        with torch.no_grad():
+            logits = model(input_ids=text.input_ids[None].long()).logits[0]
+        tokens, log_probs = top_k_log_probs(logits, 5)
+        assert torch.allclose(text.log_probs.float(), log_probs, atol=5e-3)
+        assert (text.tokens.long() == tokens).float().mean() > 0.9  # ties may be broken otherwise in a batch
+
+
+def test_dtypes_and_bytes(llama, general_samples):
+    answers = BaseAnswers.of(llama, general_samples, top_k=5)
+    assert (answers[0].tokens.dtype, answers[0].log_probs.dtype) == (torch.uint16, torch.float16)
+    assert answers.nbytes == answers.num_tokens * (4 + 5 * (2 + 2) + 2)
+    assert answers.vocabulary == 96
+
+
+def test_large_vocabularies_take_four_bytes_a_token(make_model, general_samples):
+    answers = BaseAnswers.of(make_model(vocab_size=70_000, num_layers=1), general_samples[:2], top_k=5)
+    assert answers[0].tokens.dtype == torch.int32
+
+
+def test_the_model_is_left_as_it_was(llama, general_samples):
+    llama.train()
+    BaseAnswers.of(llama, general_samples)
+    assert llama.training
+    assert all(parameter.grad is None for parameter in llama.parameters())
+
+
+def test_saved_answers_load_bit_for_bit(llama, general_samples, tmp_path):
+    answers = BaseAnswers.of(llama, general_samples, top_k=5)
+    answers.save(tmp_path / "answers.safetensors")
+    loaded = BaseAnswers.load(tmp_path / "answers.safetensors")
+    assert same(loaded, answers)
+    assert (loaded.vocabulary, loaded.digest) == (answers.vocabulary, answers.digest)
+
+
+def test_another_file_is_refused(tmp_path):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other.safetensors' has format None; BaseAnswers.load reads"):
+        BaseAnswers.load(tmp_path / "other.safetensors")
+
+
+def test_a_peft_model_answers_with_its_adapter_off(make_model, general_samples):
+    expected = BaseAnswers.of(make_model(), general_samples, top_k=5)
+    lora = get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    assert same(BaseAnswers.of(lora, general_samples, top_k=5), expected)
+    added = make_model()
+    added.add_adapter(LoraConfig(init_lora_weights=False))
+    assert same(BaseAnswers.of(added, general_samples, top_k=5), expected)
+    ids = torch.tensor([general_samples[0]["input_ids"]])
+    assert not torch.equal(added(ids).logits, make_model()(ids).logits)  # its adapter is on again
+
+
+def test_a_quantized_base_answers_with_a_warning(llama, general_samples):
+    expected = BaseAnswers.of(llama, general_samples, top_k=5)
+    model = get_peft_model(llama, AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[2, 3]))
+    randomize(model)
+    with pytest.warns(UserWarning, match="answers come from the quantized base.*from_base"):
+        answers = BaseAnswers.of(model, general_samples, top_k=5)
+    assert not same(answers, expected)
+    with model.disable_adapter(), pytest.warns(UserWarning, match="quantized base"):
+        assert same(BaseAnswers.of(model, general_samples, top_k=5), answers)
+
+
+def test_without_text_the_base_writes_it(llama):
+    answers = BaseAnswers.of(llama, None, samples=3, max_length=10)
+    assert [text.input_ids[0].item() for text in answers] == [1, 1, 1]
+    assert max(text.input_ids.numel() for text in answers) <= 10
+
+
+def test_texts_and_a_tokenizer(make_model, byte_tokenizer):
+    model = make_model(vocab_size=len(byte_tokenizer))
+    answers = BaseAnswers.of(model, ["The sea.", "A river flows."], byte_tokenizer, max_length=6)
+    assert [byte_tokenizer.decode(text.input_ids.tolist()) for text in answers] == ["The se", "A rive"]
+
+
+def test_replay_answers_with_the_text(llama, general_samples):
+    answers = BaseAnswers.replay(llama, general_samples)
+    for text in answers:
+        assert torch.equal(text.tokens[:, 0], text.input_ids[1:])
+        assert torch.equal(text.log_probs.float().exp(), torch.tensor([[1.0, 0.0]]).expand(len(text.tokens), 2))
+
+
+def test_a_padded_batch_and_the_rows_with_answers(llama, general_samples):
+    answers = BaseAnswers.of(llama, general_samples, top_k=5)
+    short, long = min(answers, key=lambda t: len(t.input_ids)), max(answers, key=lambda t: len(t.input_ids))
+    batch, rows, tokens, log_probs = collate([short, long], torch.device("cpu"))
+    width = len(long.input_ids)
+    assert batch["attention_mask"].sum(-1).tolist() == [len(short.input_ids), width]
+    assert rows.tolist() == [*range(len(short.input_ids)), *range(width, 2 * width)]
+    assert torch.equal(tokens, torch.cat([short.tokens, long.tokens]).long())
+    assert log_probs.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([], r"general texts of the anchor can't be read. .* holds no samples"),
+        ([{"input_ids": []}], r"general texts of the anchor can't be read. .* no tokens"),
+        ([{"pixel_values": torch.zeros(2)}], r"general texts of the anchor have \['pixel_values'\]"),
+    ],
+)
+def test_texts_that_cannot_be_used(llama, texts, message):
+    with pytest.raises(ValueError, match=message):
+        BaseAnswers.of(llama, texts)
+
+
+def test_no_tokens_to_keep(llama, general_samples):
+    with pytest.raises(ValueError, match="top_k=0; it must be at least 1"):
+        BaseAnswers.of(llama, general_samples, top_k=0)
