@@ -78,7 +78,7 @@ class Anchor:
         self.batch_size = batch_size
         self._general_texts = general_texts
         self._tokenizer = tokenizer
-        self._reading = {"samples": samples, "max_length": max_length}
+        self._reading: dict[str, Any] = {"samples": samples, "max_length": max_length}
         self._top_k = top_k
         self._seed = seed
         self._weight = AdaptiveWeight(weight, target_kl)

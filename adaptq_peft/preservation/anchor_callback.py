@@ -44,7 +44,8 @@ class PreservationCallback(Anchor, TrainerCallback):
         self.prepare(kwargs["model"], kwargs.get("processing_class"))
         if self.batch_size is None:
             self.batch_size = _share_of_domain(args)
-        saved = (state.stateful_callbacks or {}).get(STATE_KEY)  # type: ignore[attr-defined]
+        callbacks: Any = state.stateful_callbacks  # a dict once the state is made, whatever its annotation
+        saved = callbacks.get(STATE_KEY)
         if saved is not None:
             self.load_state_dict(saved)
 

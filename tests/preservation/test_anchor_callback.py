@@ -1,0 +1,213 @@
+"""The anchor in transformers' and TRL's trainers: a callback, and nothing else."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from adaptq_peft import AdaptQConfig
+from adaptq_peft.preservation.anchor import Anchor
+from adaptq_peft.preservation.anchor_callback import PreservationCallback
+
+
+def curve(trainer, key="loss"):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def trained(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def adaptq(model):
+    return get_peft_model(model, AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[2, 3]))
+
+
+def lora(model):
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+
+
+@pytest.fixture
+def make_trainer(tmp_path, batch):
+    rows = [{"input_ids": row, "labels": row} for row in batch["input_ids"].repeat(8, 1)]
+
+    def make(model, *callbacks, **changes):
+        options = {
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 5e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+        }
+        arguments = TrainingArguments(output_dir=str(tmp_path / "run"), **{**options, **changes})
+        return Trainer(model, arguments, train_dataset=rows, callbacks=list(callbacks))
+
+    return make
+
+
+@pytest.mark.parametrize("wrap", [adaptq, lora])
+def test_it_trains_and_logs(make_model, general, make_trainer, wrap):
+    base = make_model()
+    anchor = PreservationCallback.from_base(base, general)
+    trainer = make_trainer(wrap(base), anchor)
+    trainer.train()
+    assert len(curve(trainer, "anchor_kl")) == 4
+    assert curve(trainer, "anchor_weight") == [1.0] * 4
+    assert curve(trainer)[-1] < curve(trainer)[0]
+    assert anchor.batch_size == 1  # 4 samples of the domain to 1 of general text
+
+
+def test_it_holds_the_model_to_its_base(make_model, general, make_trainer):
+    answers = Anchor.from_base(make_model(), general).answers
+    after = {}
+    for weight in (1e-6, 30.0):
+        model = adaptq(make_model())
+        make_trainer(model, PreservationCallback(answers, weight=weight, batch_size=8), max_steps=10).train()
+        after[weight] = Anchor(answers, batch_size=20).loss(model.eval()).item()
+    assert after[30.0] < 0.5 * after[1e-6]
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.01, 0.0])
+def test_the_step_is_that_of_both_losses(make_model, general, make_trainer, batch, max_grad_norm):
+    """One optimizer step with SGD and accumulation moves by the clipped sum of both gradients."""
+    answers = Anchor.from_base(make_model(), general).answers
+    settings = {"weight": 3.0, "batch_size": 8}
+    model = lora(make_model())
+    start = trained(model)
+    options = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": max_grad_norm}
+    accumulation = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1}
+    trainer = make_trainer(model, PreservationCallback(answers, **settings), **options, **accumulation)
+    trainer.train_dataset = [{"input_ids": row, "labels": row} for row in batch["input_ids"]]
+    trainer.train()
+
+    expected = lora(make_model())
+    expected.load_state_dict({**expected.state_dict(), **start}, strict=False)
+    (expected(**batch, labels=batch["input_ids"]).loss + Anchor(answers, **settings).loss(expected)).backward()
+    norm = torch.nn.utils.clip_grad_norm_(expected.parameters(), max_grad_norm or float("inf"))
+    assert curve(trainer, "grad_norm") == [pytest.approx(norm.item(), rel=1e-3)]
+    for name, parameter in expected.named_parameters():
+        if parameter.requires_grad:
+            moved = start[name] - trained(model)[name]
+            assert torch.allclose(moved, parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_bfloat16_autocast_reaches_the_anchor(make_model, general, make_trainer):
+    seen = []
+    base = make_model()
+    anchor = PreservationCallback.from_base(base, general)
+    trainer = make_trainer(adaptq(base), anchor, bf16=True)
+    base.model.layers[3].mlp.down_proj.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    trainer.train()
+    assert set(seen) == {torch.bfloat16}
+    assert len(seen) == 8  # a batch of each in each step
+
+
+def test_the_scaler_of_fp16_scales_the_loss(make_model, general):
+    anchor = PreservationCallback.from_base(make_model(), general)
+    model = adaptq(make_model())
+    arguments = SimpleNamespace(per_device_train_batch_size=4)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    found = []
+    for optimizer in (SimpleNamespace(scaler=None), SimpleNamespace(scaler=scaler)):
+        anchor._position = 0
+        anchor.on_step_begin(arguments, None, None, model=model, optimizer=optimizer)
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        model.zero_grad()
+    assert torch.allclose(found[1], 1024 * found[0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_a_resumed_run_is_the_same(make_model, general, make_trainer, restore):
+    def make(**changes):
+        base = make_model()
+        anchor = PreservationCallback.from_base(base, general, target_kl=1e-3)
+        return anchor, make_trainer(adaptq(base), anchor, save_strategy="steps", save_steps=2, **changes)
+
+    first, whole = make()
+    whole.train()
+    second, resumed = make(restore_callback_states_from_checkpoint=restore)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
+    assert curve(resumed) == curve(whole)
+    assert curve(resumed, "anchor_kl") == curve(whole, "anchor_kl")
+    assert len(set(curve(whole, "anchor_weight"))) == 4
+    assert curve(resumed, "anchor_weight") == curve(whole, "anchor_weight")
+    assert second.state_dict() == first.state_dict()
+    assert same(trained(resumed.model), trained(whole.model))
+
+
+class TestMadeAfterTheAdapter:
+    def test_lora_switched_off_is_the_base(self, make_model, general, make_trainer):
+        made_before = PreservationCallback.from_base(make_model(), general)
+        made_after = PreservationCallback(general)
+        curves = []
+        for anchor in (made_before, made_after):
+            torch.manual_seed(0)
+            trainer = make_trainer(lora(make_model()), anchor)
+            trainer.train()
+            curves.append(curve(trainer, "anchor_kl"))
+        assert curves[0] == curves[1]
+
+    def test_a_quantized_base_gives_a_warning(self, make_model, general, make_trainer):
+        trainer = make_trainer(adaptq(make_model()), PreservationCallback(general))
+        with pytest.warns(UserWarning, match="answers come from the quantized base"):
+            trainer.train()
+        assert curve(trainer, "anchor_kl")[0] == pytest.approx(0, abs=1e-4)
+
+    def test_full_fine_tuning_can_not_be_resumed_so(self, make_model, general, make_trainer):
+        saving = {"save_strategy": "steps", "save_steps": 2}
+        make_trainer(make_model(), PreservationCallback(general), **saving).train()
+        resumed = make_trainer(make_model(), PreservationCallback(general), **saving)
+        with pytest.raises(ValueError, match=r"from step 2 of a model without an adapter.*from_base"):
+            resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [({"deepspeed": "x"}, "deepspeed"), ({"fsdp": "x"}, "fsdp"), ({"optim": "lomo"}, "optim='lomo'")],
+)
+def test_what_it_can_not_work_with(llama, general, changes, name):
+    arguments = SimpleNamespace(**{"deepspeed": None, "fsdp": [], "optim": "adamw_torch", **changes})
+    with pytest.raises(ValueError, match=f"can't be used with {name}"):
+        PreservationCallback.from_base(llama, general).on_train_begin(arguments, None, None, model=llama)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_sft_trainer(make_model, general, tmp_path, byte_tokenizer, checkpointing):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    base = make_model(vocab_size=len(byte_tokenizer))
+    anchor = PreservationCallback.from_base(base, [f"The river {c} flows." for c in "abcdef"], byte_tokenizer)
+    trainer = trl.SFTTrainer(
+        model=base,
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path),
+            max_length=32,
+            max_steps=3,
+            per_device_train_batch_size=4,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=checkpointing,
+        ),
+        train_dataset=Dataset.from_dict({"text": [f"In {year} the treaty was signed." for year in range(1790, 1810)]}),
+        processing_class=byte_tokenizer,
+        peft_config=AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[2, 3]),
+        callbacks=[anchor],
+    )
+    trainer.train()
+    assert len(curve(trainer, "anchor_kl")) == 3
+    assert all(value > 0 for value in curve(trainer, "anchor_kl"))
