@@ -21,7 +21,7 @@ from torch import nn
 from ..config import AdaptQConfig
 from .block_scales import BlockScales
 from .bounds import MIN_DOCUMENTS, degradation_of, upper_bounds
-from .documents import DocumentLosses, Documents, measure_documents
+from .documents import DocumentLosses, Documents, check_finite, measure_documents
 from .forgetting import BaseReference, measure_domain, measure_quantized, resolve_reference
 from .report import ForgettingReport, TextComparison
 
@@ -174,7 +174,9 @@ class _Fit:
 
     def _measure(self, factors: np.ndarray, documents: Documents) -> DocumentLosses:
         self._scales.set(factors)
-        return measure_documents(self._model, documents, batch_size=self._reference.batch_size)
+        losses = measure_documents(self._model, documents, batch_size=self._reference.batch_size)
+        check_finite(losses, "adapted model")
+        return losses
 
     def _slopes(self, point: _Point) -> tuple[np.ndarray, np.ndarray]:
         """d loss / d factor on the domain and on general text, each [blocks]."""

@@ -117,6 +117,12 @@ def test_what_is_missing_is_named(adapt, load, general, domain, tokenizer):
         fit_to_budget(dora, general, domain, tokenizer=tokenizer)
 
 
+def test_an_adapter_that_has_diverged_is_refused(adapt, general, domain, tokenizer):
+    model = adapt(std=float("nan"))
+    with pytest.raises(ValueError, match=r"the loss of the adapted model is nan on document 0"):
+        fit_to_budget(model, general, domain, tokenizer=tokenizer)
+
+
 def test_a_combined_adapter_carries_no_certificate(adapt):
     model = adapt()
     model.peft_config["default"].certificate = {"budget": 0.05}  # nothing is saved here

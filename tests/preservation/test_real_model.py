@@ -14,7 +14,7 @@ from adaptq_peft.demo.texts import load_demo_texts
 @pytest.mark.slow
 def test_a_damaged_model_is_brought_back_into_its_budget():
     texts = load_demo_texts()
-    general = [text for text in texts.general if len(text) > 200][:24]
+    general = [text for text in texts.general_test if len(text) > 200][:24]
     model, tokenizer = load_demo_model()
     options = {"tokenizer": tokenizer, "max_tokens": 48, "batch_size": 8}
     reference = BaseReference.of(model, general, texts.domain_test[:8], **options)
