@@ -143,7 +143,7 @@ class BaseAnswers(Sequence[AnsweredText]):
                     following = row[1:, None]
                     certain = torch.tensor([0.0, LOG_ZERO]).expand(len(following), 2)
                     found.append(_answered(row, following, certain, torch.int32))
-        return cls(found, 1 + max(int(text.input_ids.max()) for text in found))
+        return cls(found, 1 + max((int(text.input_ids.max()) for text in found), default=0))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the answers to a safetensors file, so that the base need not be asked again."""

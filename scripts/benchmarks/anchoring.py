@@ -1,4 +1,4 @@
-"""What the anchor adds to an optimizer step: time and floating-point operations, at 4 domain samples to 1 general text.
+"""What the anchor adds to an optimizer step: time and floating-point operations, at 4 domain texts to 1 general text.
 
     python scripts/benchmarks/anchoring.py --batch 8 --length 256
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
 
 import pytest
@@ -145,16 +144,18 @@ def test_an_anchored_run_forgets_less(make_model, general, batch, wrap, mode):
         model = wrap(fresh)
         anchor = Anchor(answers, mode=mode, batch_size=4)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+        losses = []
         for _ in range(15):
             loss = model(**batch, labels=batch["input_ids"]).loss
             loss.backward()
+            losses.append(loss.item())
             if anchored:
                 anchor.loss(model).backward()
             optimizer.step()
             optimizer.zero_grad()
-        after[anchored] = (nll(model.eval(), general), loss.item())
+        after[anchored] = (nll(model.eval(), general), losses[0] - losses[-1])
     assert after[True][0] < after[False][0] - 0.1
-    assert after[True][1] < math.log(VOCABULARY)  # and the domain is learned
+    assert after[True][1] > 0.5  # nats: the domain is learned
 
 
 def test_the_weight_follows_the_target(make_model, general):
@@ -207,7 +208,7 @@ class TestOrder:
 
 class TestErrors:
     def test_all_faults_are_named(self):
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(ValueError, match="can't be set up") as caught:
             Anchor(mode="ewc", weight=0.0, target_kl=-1.0, batch_size=0, top_k=0)
         for part in ("batch_size=0", "top_k=0", "mode='ewc'; allowed: 'kl', 'replay'", "weight=0.0", "target_kl=-1.0"):
             assert part in str(caught.value)
