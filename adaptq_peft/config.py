@@ -321,7 +321,7 @@ def _check_certificate(config: AdaptQConfig) -> Iterator[str]:
     if certificate is None:
         return
     figures = [certificate.get(name) for name in CERTIFIED] if isinstance(certificate, dict) else [None]
-    if not all(type(figure) in (int, float) and math.isfinite(figure) for figure in figures):
+    if not all(isinstance(figure, (int, float)) and math.isfinite(figure) for figure in figures):
         yield f"certificate is {certificate!r}; allowed: None or what fit_to_budget made, with numbers for {CERTIFIED}"
 
 

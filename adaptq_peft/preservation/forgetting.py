@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -92,10 +92,10 @@ class BaseReference:
             ValueError: if texts are empty, or the original model can't be had.
         """
         tokenizer = load_tokenizer(model, tokenizer)
-        sizes = {"max_length": max_length, "stride": stride, "max_tokens": max_tokens}
+        sizes: dict[str, Any] = {"max_length": max_length, "stride": stride, "max_tokens": max_tokens}
         general = tokenize_documents(tokenizer, general_texts, **sizes)
         domain = None if domain_texts is None else tokenize_documents(tokenizer, domain_texts, **sizes)
-        domain_losses, domain_top = None, ()
+        domain_losses, domain_top = None, cast(tuple[TopLogProbs, ...], ())
         with original_model(model):
             general_losses = measure_documents(model, general, batch_size=batch_size)
             if domain is not None:

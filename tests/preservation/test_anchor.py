@@ -63,12 +63,12 @@ def nll(model, samples):
 
 
 class TestLoss:
-    def test_value_and_gradient_are_those_of_the_whole_kl(self, make_model, general):
+    def test_value_and_gradient_are_those_of_the_whole_kl(self, make_model, general_samples):
         base = make_model()
-        anchor = Anchor.from_base(base, general, top_k=VOCABULARY, batch_size=len(general), weight=0.5)
+        anchor = Anchor.from_base(base, general_samples, top_k=VOCABULARY, batch_size=len(general_samples), weight=0.5)
         model = adaptq(make_model(), quantization="none")
         randomize(model, std=0.1)
-        expected = 0.5 * mean_kl(base, model, general)
+        expected = 0.5 * mean_kl(base, model, general_samples)
         expected.backward()
         wanted = gradients(model)
         model.zero_grad()
@@ -78,8 +78,8 @@ class TestLoss:
         assert torch.cosine_similarity(gradients(model), wanted, dim=0) > 0.999
         assert gradients(model).norm().item() == pytest.approx(wanted.norm().item(), rel=1e-2)
 
-    def test_micro_batches_add_up_to_the_batch(self, make_model, general):
-        answers = Anchor.from_base(make_model(), general, top_k=8).answers
+    def test_micro_batches_add_up_to_the_batch(self, make_model, general_samples):
+        answers = Anchor.from_base(make_model(), general_samples, top_k=8).answers
         model = adaptq(make_model(), quantization="none")
         randomize(model, std=0.1)
         found = []
@@ -97,30 +97,30 @@ class TestLoss:
         assert torch.allclose(gradient, other_gradient, atol=1e-5)
         assert logged == pytest.approx(other_logged, rel=1e-4)
 
-    def test_it_starts_at_what_quantizing_cost(self, make_model, general):
-        unchanged = Anchor.from_base(make_model(), general, batch_size=20)
+    def test_it_starts_at_what_quantizing_cost(self, make_model, general_samples):
+        unchanged = Anchor.from_base(make_model(), general_samples, batch_size=20)
         quantized = Anchor(unchanged.answers, batch_size=20)
         assert unchanged.loss(lora(make_model())).item() == pytest.approx(0, abs=1e-5)
         assert quantized.loss(adaptq(make_model())).item() > 1e-5
 
-    def test_replay_is_cross_entropy(self, make_model, general):
+    def test_replay_is_cross_entropy(self, make_model, general_samples):
         model = lora(make_model())
-        anchor = Anchor.from_base(model, general, mode="replay", batch_size=len(general))
-        predicted = sum(len(sample["input_ids"]) - 1 for sample in general)
-        expected = sum(nll(model, [sample]) * (len(sample["input_ids"]) - 1) for sample in general) / predicted
+        anchor = Anchor.from_base(model, general_samples, mode="replay", batch_size=len(general_samples))
+        predicted = sum(len(sample["input_ids"]) - 1 for sample in general_samples)
+        expected = sum(nll(model, [sample]) * (len(sample["input_ids"]) - 1) for sample in general_samples) / predicted
         assert anchor.loss(model).item() == pytest.approx(expected, rel=1e-4)
         assert anchor.pop_metrics()["anchor_loss"] == pytest.approx(expected, rel=1e-4)
 
-    def test_prompt_tuning_has_positions_in_front(self, make_model, general):
-        anchor = Anchor.from_base(make_model(), general)
+    def test_prompt_tuning_has_positions_in_front(self, make_model, general_samples):
+        anchor = Anchor.from_base(make_model(), general_samples)
         model = get_peft_model(make_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
         loss = anchor.loss(model)
         loss.backward()
         assert loss.item() > 0
         assert gradients(model).any()
 
-    def test_gradient_checkpointing_changes_nothing(self, make_model, general):
-        answers = Anchor.from_base(make_model(), general).answers
+    def test_gradient_checkpointing_changes_nothing(self, make_model, general_samples):
+        answers = Anchor.from_base(make_model(), general_samples).answers
         found = []
         for reentrant in (None, False, True):
             model = adaptq(make_model()).train()
@@ -133,10 +133,10 @@ class TestLoss:
 
 @pytest.mark.parametrize("wrap", [adaptq, lora])
 @pytest.mark.parametrize("mode", ["kl", "replay"])
-def test_an_anchored_run_forgets_less(make_model, general, batch, wrap, mode):
-    base = pretrain(make_model(), general).eval()
+def test_an_anchored_run_forgets_less(make_model, general_samples, batch, wrap, mode):
+    base = pretrain(make_model(), general_samples).eval()
     weights = base.state_dict()
-    answers = Anchor.from_base(base, general, mode=mode).answers
+    answers = Anchor.from_base(base, general_samples, mode=mode).answers
     after = {}
     for anchored in (False, True):
         fresh = make_model()
@@ -153,13 +153,13 @@ def test_an_anchored_run_forgets_less(make_model, general, batch, wrap, mode):
                 anchor.loss(model).backward()
             optimizer.step()
             optimizer.zero_grad()
-        after[anchored] = (nll(model.eval(), general), losses[0] - losses[-1])
+        after[anchored] = (nll(model.eval(), general_samples), losses[0] - losses[-1])
     assert after[True][0] < after[False][0] - 0.1
     assert after[True][1] > 0.5  # nats: the domain is learned
 
 
-def test_the_weight_follows_the_target(make_model, general):
-    answers = Anchor.from_base(make_model(), general).answers
+def test_the_weight_follows_the_target(make_model, general_samples):
+    answers = Anchor.from_base(make_model(), general_samples).answers
     model = adaptq(make_model(), quantization="none")
     randomize(model, std=0.2)
     tight, loose, constant = (
@@ -176,34 +176,34 @@ class TestOrder:
     def texts(self, anchor, times=1):
         return [text.input_ids.tolist() for _ in range(times) for text in anchor._next_texts()]
 
-    def test_each_pass_has_all_texts_in_another_order(self, llama, general):
-        anchor = Anchor.from_base(llama, general, batch_size=4)
+    def test_each_pass_has_all_texts_in_another_order(self, llama, general_samples):
+        anchor = Anchor.from_base(llama, general_samples, batch_size=4)
         first, second = self.texts(anchor, 5), self.texts(anchor, 5)
-        assert sorted(first) == sorted(second) == sorted(sample["input_ids"] for sample in general)
+        assert sorted(first) == sorted(second) == sorted(sample["input_ids"] for sample in general_samples)
         assert first != second
 
-    def test_processes_take_different_texts(self, llama, general, monkeypatch):
-        anchor = Anchor.from_base(llama, general, batch_size=10)
+    def test_processes_take_different_texts(self, llama, general_samples, monkeypatch):
+        anchor = Anchor.from_base(llama, general_samples, batch_size=10)
         seen = []
         for rank in range(2):
             monkeypatch.setattr("adaptq_peft.preservation.anchor._process", lambda rank=rank: (rank, 2))
             seen += self.texts(Anchor(anchor.answers, batch_size=10))
-        assert sorted(seen) == sorted(sample["input_ids"] for sample in general)
+        assert sorted(seen) == sorted(sample["input_ids"] for sample in general_samples)
 
-    def test_it_goes_on_from_a_saved_state(self, llama, general):
-        anchor = Anchor.from_base(llama, general, batch_size=3)
+    def test_it_goes_on_from_a_saved_state(self, llama, general_samples):
+        anchor = Anchor.from_base(llama, general_samples, batch_size=3)
         self.texts(anchor, 4)
         other = Anchor(anchor.answers, batch_size=3)
         other.load_state_dict(json.loads(json.dumps(anchor.state_dict())))
         assert self.texts(other, 4) == self.texts(anchor, 4)
 
-    def test_other_texts_give_a_warning(self, llama, general):
-        state = Anchor.from_base(llama, general).state_dict()
+    def test_other_texts_give_a_warning(self, llama, general_samples):
+        state = Anchor.from_base(llama, general_samples).state_dict()
         with pytest.warns(UserWarning, match="not those that the checkpoint was trained with"):
-            Anchor.from_base(llama, general[:5]).load_state_dict(state)
+            Anchor.from_base(llama, general_samples[:5]).load_state_dict(state)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            Anchor.from_base(llama, general).load_state_dict(state)
+            Anchor.from_base(llama, general_samples).load_state_dict(state)
 
 
 class TestErrors:
@@ -217,12 +217,12 @@ class TestErrors:
         with pytest.raises(ValueError, match="mode='replay' has no KL to hold"):
             Anchor(mode="replay", target_kl=0.1)
 
-    def test_no_answers_yet(self, llama, general):
+    def test_no_answers_yet(self, llama, general_samples):
         with pytest.raises(ValueError, match="make it with from_base"):
-            Anchor(general).loss(llama)
+            Anchor(general_samples).loss(llama)
 
-    def test_a_model_with_fewer_tokens(self, llama, make_model, general):
-        anchor = Anchor.from_base(llama, general)
+    def test_a_model_with_fewer_tokens(self, llama, make_model, general_samples):
+        anchor = Anchor.from_base(llama, general_samples)
         with pytest.raises(ValueError, match="has 50 tokens to choose among, the base that answered had 96"):
             anchor.loss(make_model(vocab_size=50))
 

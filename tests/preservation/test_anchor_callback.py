@@ -56,19 +56,19 @@ def make_trainer(tmp_path, batch):
 
 
 @pytest.mark.parametrize("wrap", [adaptq, lora])
-def test_it_trains_and_logs(make_model, general, make_trainer, wrap):
+def test_it_trains_and_logs(make_model, general_samples, make_trainer, wrap):
     base = make_model()
-    anchor = PreservationCallback.from_base(base, general)
+    anchor = PreservationCallback.from_base(base, general_samples)
     trainer = make_trainer(wrap(base), anchor)
     trainer.train()
     assert len(curve(trainer, "anchor_kl")) == 4
     assert curve(trainer, "anchor_weight") == [1.0] * 4
     assert curve(trainer)[-1] < curve(trainer)[0]
-    assert anchor.batch_size == 1  # 4 samples of the domain to 1 of general text
+    assert anchor.batch_size == 1  # 4 samples of the domain to 1 of general_samples text
 
 
-def test_it_holds_the_model_to_its_base(make_model, general, make_trainer):
-    answers = Anchor.from_base(make_model(), general).answers
+def test_it_holds_the_model_to_its_base(make_model, general_samples, make_trainer):
+    answers = Anchor.from_base(make_model(), general_samples).answers
     after = {}
     for weight in (1e-6, 30.0):
         model = adaptq(make_model())
@@ -78,9 +78,9 @@ def test_it_holds_the_model_to_its_base(make_model, general, make_trainer):
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.01, 0.0])
-def test_the_step_is_that_of_both_losses(make_model, general, make_trainer, batch, max_grad_norm):
+def test_the_step_is_that_of_both_losses(make_model, general_samples, make_trainer, batch, max_grad_norm):
     """One optimizer step with SGD and accumulation moves by the clipped sum of both gradients."""
-    answers = Anchor.from_base(make_model(), general).answers
+    answers = Anchor.from_base(make_model(), general_samples).answers
     settings = {"weight": 3.0, "batch_size": 8}
     model = lora(make_model())
     start = trained(model)
@@ -101,10 +101,10 @@ def test_the_step_is_that_of_both_losses(make_model, general, make_trainer, batc
             assert torch.allclose(moved, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_bfloat16_autocast_reaches_the_anchor(make_model, general, make_trainer):
+def test_bfloat16_autocast_reaches_the_anchor(make_model, general_samples, make_trainer):
     seen = []
     base = make_model()
-    anchor = PreservationCallback.from_base(base, general)
+    anchor = PreservationCallback.from_base(base, general_samples)
     trainer = make_trainer(adaptq(base), anchor, bf16=True)
     base.model.layers[3].mlp.down_proj.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     trainer.train()
@@ -112,8 +112,8 @@ def test_bfloat16_autocast_reaches_the_anchor(make_model, general, make_trainer)
     assert len(seen) == 8  # a batch of each in each step
 
 
-def test_the_scaler_of_fp16_scales_the_loss(make_model, general):
-    anchor = PreservationCallback.from_base(make_model(), general)
+def test_the_scaler_of_fp16_scales_the_loss(make_model, general_samples):
+    anchor = PreservationCallback.from_base(make_model(), general_samples)
     model = adaptq(make_model())
     arguments = SimpleNamespace(per_device_train_batch_size=4)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -127,10 +127,10 @@ def test_the_scaler_of_fp16_scales_the_loss(make_model, general):
 
 
 @pytest.mark.parametrize("restore", [False, True])
-def test_a_resumed_run_is_the_same(make_model, general, make_trainer, restore):
+def test_a_resumed_run_is_the_same(make_model, general_samples, make_trainer, restore):
     def make(**changes):
         base = make_model()
-        anchor = PreservationCallback.from_base(base, general, target_kl=1e-3)
+        anchor = PreservationCallback.from_base(base, general_samples, target_kl=1e-3)
         return anchor, make_trainer(adaptq(base), anchor, save_strategy="steps", save_steps=2, **changes)
 
     first, whole = make()
@@ -146,9 +146,9 @@ def test_a_resumed_run_is_the_same(make_model, general, make_trainer, restore):
 
 
 class TestMadeAfterTheAdapter:
-    def test_lora_switched_off_is_the_base(self, make_model, general, make_trainer):
-        made_before = PreservationCallback.from_base(make_model(), general)
-        made_after = PreservationCallback(general)
+    def test_lora_switched_off_is_the_base(self, make_model, general_samples, make_trainer):
+        made_before = PreservationCallback.from_base(make_model(), general_samples)
+        made_after = PreservationCallback(general_samples)
         curves = []
         for anchor in (made_before, made_after):
             torch.manual_seed(0)
@@ -157,16 +157,16 @@ class TestMadeAfterTheAdapter:
             curves.append(curve(trainer, "anchor_kl"))
         assert curves[0] == curves[1]
 
-    def test_a_quantized_base_gives_a_warning(self, make_model, general, make_trainer):
-        trainer = make_trainer(adaptq(make_model()), PreservationCallback(general))
+    def test_a_quantized_base_gives_a_warning(self, make_model, general_samples, make_trainer):
+        trainer = make_trainer(adaptq(make_model()), PreservationCallback(general_samples))
         with pytest.warns(UserWarning, match="answers come from the quantized base"):
             trainer.train()
         assert curve(trainer, "anchor_kl")[0] == pytest.approx(0, abs=1e-4)
 
-    def test_full_fine_tuning_can_not_be_resumed_so(self, make_model, general, make_trainer):
+    def test_full_fine_tuning_can_not_be_resumed_so(self, make_model, general_samples, make_trainer):
         saving = {"save_strategy": "steps", "save_steps": 2}
-        make_trainer(make_model(), PreservationCallback(general), **saving).train()
-        resumed = make_trainer(make_model(), PreservationCallback(general), **saving)
+        make_trainer(make_model(), PreservationCallback(general_samples), **saving).train()
+        resumed = make_trainer(make_model(), PreservationCallback(general_samples), **saving)
         with pytest.raises(ValueError, match=r"from step 2 of a model without an adapter.*from_base"):
             resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-2")
 
@@ -175,14 +175,14 @@ class TestMadeAfterTheAdapter:
     ("changes", "name"),
     [({"deepspeed": "x"}, "deepspeed"), ({"fsdp": "x"}, "fsdp"), ({"optim": "lomo"}, "optim='lomo'")],
 )
-def test_what_it_can_not_work_with(llama, general, changes, name):
+def test_what_it_can_not_work_with(llama, general_samples, changes, name):
     arguments = SimpleNamespace(**{"deepspeed": None, "fsdp": [], "optim": "adamw_torch", **changes})
     with pytest.raises(ValueError, match=f"can't be used with {name}"):
-        PreservationCallback.from_base(llama, general).on_train_begin(arguments, None, None, model=llama)
+        PreservationCallback.from_base(llama, general_samples).on_train_begin(arguments, None, None, model=llama)
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_sft_trainer(make_model, general, tmp_path, byte_tokenizer, checkpointing):
+def test_sft_trainer(make_model, general_samples, tmp_path, byte_tokenizer, checkpointing):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
