@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,8 @@ class BaseReference:
         sizes: dict[str, Any] = {"max_length": max_length, "stride": stride, "max_tokens": max_tokens}
         general = tokenize_documents(tokenizer, general_texts, **sizes)
         domain = None if domain_texts is None else tokenize_documents(tokenizer, domain_texts, **sizes)
-        domain_losses, domain_top = None, cast(tuple[TopLogProbs, ...], ())
+        domain_losses: DocumentLosses | None = None
+        domain_top: tuple[TopLogProbs, ...] = ()
         with original_model(model):
             general_losses = measure_documents(model, general, batch_size=batch_size)
             if domain is not None:
