@@ -14,8 +14,9 @@ from .selection import ActivationProfile
 
 def show_memory_plan(console: Console, model: str, plan: MemoryPlan) -> None:
     """Print the bytes of each method, with each optimizer, and what preparing takes."""
-    title = f"{model}, {plan.dtype}: {len(plan.adapted)} of {plan.num_blocks} blocks adapted"
-    table = Table(title=f"Memory for training, without activations\n{title}", title_justify="left")
+    chosen = f"{len(plan.adapted)} of {plan.num_blocks} blocks adapted"
+    console.print(f"{model}, {plan.dtype}: {chosen}", soft_wrap=True, markup=False, highlight=False)
+    table = Table(title="Memory for training, without activations", title_justify="left")
     table.add_column("")
     for name in plan.methods:
         table.add_column(name, justify="right")

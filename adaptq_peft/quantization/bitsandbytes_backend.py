@@ -175,7 +175,8 @@ def keep_gradients_on_cpu(module: nn.Module) -> None:
     """
     if hasattr(module, "support_avx512bf16_for_cpu"):
         module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-        module.state_dict()  # undoes the repacking, if there was an evaluation pass before
+        if not module.get_parameter("weight").is_meta:
+            module.state_dict()  # undoes the repacking, if there was an evaluation pass before
 
 
 def origin_of(quantized: nn.Module) -> Origin:
