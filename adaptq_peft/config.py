@@ -117,7 +117,7 @@ class AdaptQConfig(PeftConfig):
     calibration_samples: int = 100
     calibration_max_length: int = 512
     calibration_batch_size: int = 8
-    profile: ActivationProfile | str | os.PathLike[str] | None = None
+    profile: ActivationProfile | None = None  # or a path, read at once
     quantization: str | dict | BitsAndBytesConfig = "nf4"
     quantization_calibration: str | None = None
     original_weights: str = "checkpoint"
