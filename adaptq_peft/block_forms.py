@@ -6,12 +6,14 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import cast
 
+import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .layer import AdaptQLayer, wrap_layer
+from .low_rank import rounding_repair
 from .module_names import base_name, is_inside_a_wrapper
 from .quantization import (
     LeaveReasons,
@@ -36,6 +38,8 @@ class QuantizationReport:
         swapped: dotted names of the linears that were quantized.
         restored: dotted names of the linears that were quantized already and got their original weights back.
         left: dotted name of each linear or fused expert weight of a frozen block that was not quantized -> why.
+            None of them gets a correction.
+        corrected: dotted names of the linears that got a low-rank correction.
         plain: dotted name of each linear that was rounded plainly although calibration was asked for -> why.
     """
 
@@ -43,6 +47,7 @@ class QuantizationReport:
     restored: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     plain: dict[str, str] = field(default_factory=dict)
+    corrected: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,9 @@ class Wishes:
         revision: of the base model's checkpoint.
         is_excluded: whether the user excluded the layer with a dotted name.
         calibrate: makes calibrated layers for linears by their dotted names; `None`: plain rounding.
+        corrected_rank: rank of the low-rank corrections on linears of frozen blocks. Default 0: there are none.
+        is_corrected: whether such a linear, given with its dotted name, gets one. Default: each does.
+        repairs: whether corrections repair the quantization from the start. Default `False`.
     """
 
     adapter_name: str
@@ -66,6 +74,9 @@ class Wishes:
     revision: str | None
     is_excluded: Callable[[str], bool]
     calibrate: Callable[[dict[str, nn.Module]], CalibratedLinears] | None = None
+    corrected_rank: int = 0
+    is_corrected: Callable[[str, nn.Module], bool] = lambda name, linear: True
+    repairs: bool = False
 
 
 class BlockForms:
@@ -82,12 +93,17 @@ class BlockForms:
         wishes: what the new adapter wants.
         others: names of the adapters that are on the model already.
 
+    Attributes:
+        report: what was done.
+        repairs: dotted name of a linear -> the A and B of `rounding_repair` that its correction starts from.
+
     Raises:
         ValueError: if a linear can't be quantized, or its original weights are needed and can't be had.
     """
 
     def __init__(self, model: nn.Module, blocks: list[Block], wishes: Wishes, others: list[str]) -> None:
         self.report = QuantizationReport()
+        self.repairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._model = model
         self._wishes = wishes
         self._others = others
@@ -98,6 +114,7 @@ class BlockForms:
         reasons = None
         if wishes.settings is not None:
             check_bitsandbytes()
+        if wishes.settings is not None or wishes.corrected_rank:
             reasons = LeaveReasons(model, wishes.settings, wishes.is_excluded)
         for block in tqdm(blocks, desc="Preparing blocks", unit="block", delay=2):
             self._build(block, reasons)
@@ -130,38 +147,62 @@ class BlockForms:
             reason = None if reasons is None else reasons.of(base_name(name), linear)
             if frozen and reason:
                 self.report.left[base_name(name)] = reason
-            if frozen and not reason:
-                self._want_quantized(name, module, block)
-            elif is_quantized(module):
+            corrected = frozen and not reason and self._is_corrected(name, linear)
+            if corrected:
+                self.report.corrected.append(name)
+            if frozen and not reason and self._wishes.settings is not None:
+                forms = self._want_quantized(name, module, block)
+                if corrected and self._wishes.repairs:
+                    self._repair(name, *forms)
+            elif is_quantized(linear):
                 self._want_original(name, module)
             elif self._wishes.original_weights == "dequantized" and not self._others and not reason:
                 self._replacements[name] = dequantize_linear(self._quantize(name, module, block))
 
-    def _want_quantized(self, name: str, module: nn.Module, block: Block) -> None:
-        if is_quantized(module):
-            return
+    def _is_corrected(self, name: str, linear: nn.Module) -> bool:
+        return self._wishes.corrected_rank > 0 and self._wishes.is_corrected(name, linear)
+
+    def _want_quantized(self, name: str, module: nn.Module, block: Block) -> tuple[nn.Module, nn.Module | None]:
+        """The quantized linear, and the original one if it is at hand."""
+        linear = module.base_layer if isinstance(module, AdaptQLayer) else module
+        if is_quantized(linear):
+            return linear, None
         if isinstance(module, AdaptQLayer):
-            quantized = module.adaptq_frozen or self._quantize(name, module.base_layer, block)
+            quantized = module.adaptq_frozen or self._quantize(name, linear, block)
             self._quantized_copies.append((module, quantized))
-            return
-        quantized = self._quantize(name, module, block)
+            return quantized, linear
+        quantized = self._quantize(name, linear, block)
         self.report.swapped.append(name)
         only = not self._others
-        self._replacements[name] = quantized if only else _both(module, quantized, [self._wishes.adapter_name])
+        self._replacements[name] = quantized if only else _both(linear, quantized, [self._wishes.adapter_name])
+        return quantized, linear
 
     def _calibrate(self, calibrate: Callable[[dict[str, nn.Module]], CalibratedLinears]) -> None:
         """Replace the layers that plain rounding has built by calibrated ones."""
-        result = calibrate({name: self._model.get_submodule(name) for name in self.report.swapped})
+        originals = {name: self._model.get_submodule(name) for name in self.report.swapped}
+        result = calibrate(originals)
         for name, layer in result.layers.items():
             origin = origin_of(self._replacements[name])
             layer.adaptq_origin = replace(origin, calibrated=True)  # type: ignore[assignment]
             self._replacements[name] = layer
+            if name in self.repairs:
+                self._repair(name, layer, originals[name])
         self.report.plain.update(result.plain)
 
-    def _want_original(self, name: str, quantized: nn.Module) -> None:
+    def _repair(self, name: str, quantized: nn.Module, original: nn.Module | None) -> None:
+        found = original or self._originals.restore(name, quantized)
+        with align_module_device(found):
+            weight, rounded = _matrix(found), _matrix(dequantize_linear(quantized))
+            self.repairs[name] = rounding_repair(weight, rounded, self._wishes.corrected_rank)
+
+    def _want_original(self, name: str, module: nn.Module) -> None:
+        quantized = module.base_layer if isinstance(module, AdaptQLayer) else module
         original = self._originals.restore(name, quantized)
         self.report.restored.append(name)
-        self._replacements[name] = _both(original, quantized, self._others) if self._others else original
+        layer = _both(original, quantized, self._others) if self._others else original
+        if isinstance(module, AdaptQLayer) and isinstance(layer, AdaptQLayer):
+            layer.take_adapters_of(module)
+        self._replacements[name] = layer
 
     def _quantize(self, name: str, linear: nn.Module, block: Block) -> nn.Module:
         settings = cast(QuantizationSettings, self._wishes.settings)
@@ -191,6 +232,12 @@ def _both(original: nn.Module, quantized: nn.Module, adapters: list[str]) -> Ada
     layer = wrap_layer(original)
     layer.add_quantized(quantized, adapters)
     return layer
+
+
+def _matrix(linear: nn.Module) -> torch.Tensor:
+    """The weight [out, in] of a plain linear."""
+    weight: torch.Tensor = linear.weight  # type: ignore[assignment]
+    return weight.detach().t() if isinstance(linear, Conv1D) else weight.detach()
 
 
 def linears_of(block: Block) -> list[tuple[str, nn.Module]]:

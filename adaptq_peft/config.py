@@ -24,6 +24,7 @@ from .selection import ActivationProfile, selection_strategy_names, strategy_nee
 
 FORMAT_VERSION = 1
 DELTA_DTYPES = ("float32", "bfloat16", "float16")
+FROZEN_RANK_INITS = ("zero", "svd")
 
 #: Given at run time, used once, and never part of `to_dict`, JSON, a pickle or a deepcopy.
 RUNTIME_FIELDS = ("calibration_data", "general_calibration_data", "calibration_tokenizer")
@@ -86,7 +87,15 @@ class AdaptQConfig(PeftConfig):
         delta_scaling: s in W = W0 + s * delta, > 0. Adam moves W by learning rate x s, so the default 0.25 turns the
             usual LoRA rate 2e-4 into the full-rank rate 5e-5.
         delta_dtype: "float32", "bfloat16" or "float16". `None` (default): PEFT's rule, float32 unless the model is
-            wrapped with `autocast_adapter_dtype=False`, then the dtype of the base weight.
+            wrapped with `autocast_adapter_dtype=False`, then the dtype of the base weight. Of corrections, too.
+        frozen_rank: r > 0 gives each linear of the frozen blocks that is quantized (with quantization "none": that
+            would be) a trainable correction of this rank, scale * B A, as LoRA: mixed rank. `target_modules` narrows
+            the choice there, too. Default 0, the paper's method: frozen blocks are not trained.
+        frozen_alpha: the scale of corrections is frozen_alpha / frozen_rank, as LoRA's `lora_alpha` / `r`. `None`
+            (default): twice the rank, so the scale is 2 at each rank and LoRA's usual learning rates fit.
+        frozen_rank_init: "zero" (default): B starts at zero, so training starts at the quantized base. "svd": B A
+            starts as the nearest one to what quantization took away, so training starts closer to the original model.
+            It needs the original weights, and has no effect where a saved adapter is loaded.
         evaluation: measured perplexities, for the model card: {"general": {"text": "WikiText-2 test", "base": 25.6,
             "quantized": 28.6, "adapted": 26.2}, ...}. "text" says on what; any of the four may be left out. Nothing
             fills it in but you and `adaptq demo`.
@@ -123,10 +132,16 @@ class AdaptQConfig(PeftConfig):
     original_weights: str = "checkpoint"
     delta_scaling: float = 0.25
     delta_dtype: str | None = None
+    frozen_rank: int = 0
+    frozen_alpha: float | None = None
+    frozen_rank_init: str = "zero"
     evaluation: dict | None = None
     certificate: dict | None = None
     base_fingerprint: dict | None = None
     adaptq_version: int = field(default=FORMAT_VERSION)
+
+    #: Whether `from_pretrained` made this config: the values of its adapter are about to be loaded. Not a field.
+    is_from_file = False
 
     def __post_init__(  # type: ignore[override]
         self, calibration_data: Any, general_calibration_data: Any, calibration_tokenizer: Any
@@ -159,6 +174,11 @@ class AdaptQConfig(PeftConfig):
             self.profile = ActivationProfile.load(self.profile)
 
     @property
+    def frozen_scaling(self) -> float:
+        """The scale of B A in a low-rank correction."""
+        return 2.0 if self.frozen_alpha is None else self.frozen_alpha / self.frozen_rank
+
+    @property
     def calibration(self) -> Calibration:
         """The runtime-only fields; all `None` after a load or a copy."""
         return Calibration(*(getattr(self, name) for name in RUNTIME_FIELDS))
@@ -186,6 +206,7 @@ class AdaptQConfig(PeftConfig):
             weights = cached if isinstance(cached, str) else weights
         if os.path.isfile(weights):
             check_weights_file(weights)
+        config.is_from_file = True
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -298,6 +319,28 @@ def _check_dtype(config: AdaptQConfig) -> Iterator[str]:
         yield f"delta_dtype is {config.delta_dtype!r}; allowed: None or one of {list(DELTA_DTYPES)}"
 
 
+def _check_frozen_rank(config: AdaptQConfig) -> Iterator[str]:
+    rank, alpha, init = config.frozen_rank, config.frozen_alpha, config.frozen_rank_init
+    if type(rank) is not int or rank < 0:
+        yield f"frozen_rank is {rank!r}; allowed: 0 (no corrections) or an integer of 1 or more"
+        return
+    if alpha is not None and (type(alpha) not in (int, float) or not 0 < alpha < math.inf):
+        yield f"frozen_alpha is {alpha!r}; allowed: None (2 * frozen_rank) or a finite number above 0"
+    if init not in FROZEN_RANK_INITS:
+        yield f"frozen_rank_init is {init!r}; allowed: {list(FROZEN_RANK_INITS)}"
+    if rank == 0 and (alpha is not None or init != "zero"):
+        yield "frozen_rank is 0, so frozen_alpha and frozen_rank_init do nothing; set frozen_rank or leave them out"
+
+
+def _check_rounding_repair(config: AdaptQConfig) -> Iterator[str]:
+    if config.frozen_rank_init != "svd":
+        return
+    if config.quantization == "none":
+        yield 'frozen_rank_init "svd" repairs quantization, and quantization is "none"; use "zero"'
+    if config.original_weights == "dequantized":
+        yield 'frozen_rank_init "svd" needs original weights, and original_weights is "dequantized"; use "zero"'
+
+
 def _check_evaluation(config: AdaptQConfig) -> Iterator[str]:
     if config.evaluation is None:
         return
@@ -345,6 +388,8 @@ _CHECKS = (
     _check_original_weights,
     _check_scaling,
     _check_dtype,
+    _check_frozen_rank,
+    _check_rounding_repair,
     _check_evaluation,
     _check_certificate,
     _check_version,

@@ -1,7 +1,8 @@
-"""Layers with a trainable delta on each of their own parameters."""
+"""Layers with a trainable delta on each of their own parameters, and linears with a low-rank correction."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import AdaptQConfig
 from .delta_linear import add_deltas, delta_linear
+from .low_rank import add_correction, make_factors
+from .quantization import dequantize_linear, is_quantized, origin_of
+from .quantization.bitsandbytes_backend import linear_from_tensors
 
 #: Layers of which PEFT knows the number of inputs and outputs.
 _WITH_FEATURES = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
@@ -59,9 +63,13 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
 
     Where adapters on one model adapt different blocks, a linear that one of them adapts is quantized for another. Such
     a layer holds a quantized copy, too, and runs it while all active adapters are in `quantized_for`.
+
+    An adapter that freezes a linear may have a low-rank correction there instead: `adaptq_low_rank_A[adapter]` [r, in]
+    and `adaptq_low_rank_B[adapter]` [out, r] add scale * B A to it, whether it is quantized or not. The wrapped layer
+    is a quantized one where all adapters want it so.
     """
 
-    adapter_layer_names = ("adaptq_delta",)
+    adapter_layer_names = ("adaptq_delta", "adaptq_low_rank_A", "adaptq_low_rank_B")
     other_param_names = ("scaling", "quantized_for")
 
     #: Whether the module around the layer reads `weight` or `bias` of it. Set by the tuner, which knows that module.
@@ -73,9 +81,12 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.adaptq_frozen: nn.Module | None = None
+        self.adaptq_merged: nn.Module | None = None
         self.quantized_for: dict[str, bool] = {}  # used as a set; PEFT deletes adapters by key
         self._parameter_names = tuple(name for name, _ in base_layer.named_parameters(recurse=False))
         self.adaptq_delta = nn.ModuleDict()
+        self.adaptq_low_rank_A = nn.ModuleDict()
+        self.adaptq_low_rank_B = nn.ModuleDict()
         features: Any = _get_in_out_features(base_layer) if isinstance(base_layer, _WITH_FEATURES) else (None, None)
         self.in_features, self.out_features = features
         self.scaling: dict[str, float] = {}
@@ -99,11 +110,81 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
         self.adaptq_delta[adapter_name] = LinearDelta(differences) if is_linear else Delta(differences)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def add_correction(self, adapter_name: str, config: AdaptQConfig) -> None:
+        """Add the adapter `adapter_name` as a low-rank correction of a linear: it starts at zero, as in LoRA."""
+        weight: Any = self.base_layer.weight
+        own = origin_of(self.base_layer).dtype if is_quantized(self.base_layer) else weight.dtype
+        dtype = getattr(torch, config.delta_dtype) if config.delta_dtype else own
+        a, b = make_factors(self.in_features, self.out_features, config.frozen_rank, weight.device, dtype)
+        if not config.init_weights:
+            nn.init.normal_(b.weight, std=0.02)
+        self.scaling[adapter_name] = config.frozen_scaling
+        self.adaptq_low_rank_A[adapter_name] = a.requires_grad_(False)
+        self.adaptq_low_rank_B[adapter_name] = b.requires_grad_(False)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @torch.no_grad()
+    def set_correction(self, adapter_name: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Let the correction of an adapter be B A, whatever its scale. On the meta device it has no values.
+
+        Args:
+            adapter_name: an adapter with a correction here.
+            a: [k, in], k at most r; further rows of A are left as they are.
+            b: [out, k]; further columns of B are set to zero.
+        """
+        own_a, own_b = self.factors_of(adapter_name)
+        if own_a.is_meta or own_b.is_meta:
+            return
+        root = self.scaling[adapter_name] ** 0.5
+        own_a[: len(a)] = a.to(own_a.device) / root
+        own_b.zero_()
+        own_b[:, : len(a)] = b.to(own_b.device) / root
+
+    def factors_of(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [r, in] and B [out, r] of an adapter with a correction here."""
+        return self.adaptq_low_rank_A[adapter].weight, self.adaptq_low_rank_B[adapter].weight  # type: ignore[return-value]
+
+    def correction_of(self, adapter: str) -> torch.Tensor:
+        """s * B A of an adapter with a correction here, in the orientation of the wrapped layer's weight."""
+        return self.scaling[adapter] * self._product(adapter, isinstance(self.base_layer, Conv1D))
+
+    def is_corrected_by(self, adapter: str) -> bool:
+        """Whether an adapter has a low-rank correction here."""
+        return adapter in self.adaptq_low_rank_A
+
+    def has_adapter(self, adapter: str) -> bool:
+        """Whether an adapter has a delta or a correction here."""
+        return adapter in self.adaptq_delta or self.is_corrected_by(adapter)
+
+    def parameters_of(self, adapter: str) -> list[tuple[str, nn.Parameter]]:
+        """What an adapter trains here, by the names in its file, such as "adaptq_delta.weight"."""
+        return [
+            (f"{kind}.{name}", parameter)
+            for kind in self.adapter_layer_names
+            if adapter in getattr(self, kind)
+            for name, parameter in getattr(self, kind)[adapter].named_parameters()
+        ]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no adapter has a delta or a correction here."""
+        return not self.adaptq_delta and not self.adaptq_low_rank_A
+
+    def take_adapters_of(self, other: AdaptQLayer) -> None:
+        """Hold the deltas and corrections of another layer, too, which wraps the same linear in another form."""
+        for name in self.adapter_layer_names:
+            setattr(self, name, getattr(other, name))
+        self.scaling = dict(other.scaling)
+        self._active_adapter = other._active_adapter
+        self._disable_adapters = other._disable_adapters
+
     def remove_adapter(self, adapter_name: str) -> None:
         """Forget an adapter that was not finished, without choosing another active one as `delete_adapter` does."""
-        if adapter_name in self.adaptq_delta:
-            del self.adaptq_delta[adapter_name]
-            del self.scaling[adapter_name]
+        self.scaling.pop(adapter_name, None)
+        for name in self.adapter_layer_names:
+            modules = getattr(self, name)
+            if adapter_name in modules:
+                del modules[adapter_name]
 
     def add_quantized(self, quantized: nn.Module, adapters: list[str]) -> None:
         """Run `quantized` instead of the wrapped layer for these adapters."""
@@ -118,10 +199,17 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
 
     def is_quantized_for(self, adapters: list[str]) -> bool:
         """Whether all of the adapters, at least one, see this layer quantized."""
+        if self.adaptq_frozen is None:
+            return is_quantized(self.base_layer)
         return bool(adapters) and all(name in self.quantized_for for name in adapters)
 
+    def form_for(self, adapters: list[str]) -> nn.Module:
+        """The layer that runs for these adapters: the wrapped one, or its quantized copy."""
+        has_copy = self.adaptq_frozen is not None and self.is_quantized_for(adapters)
+        return self.adaptq_frozen if has_copy else self.base_layer  # type: ignore[return-value]
+
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set s in W0 + s * delta for one adapter. Unknown adapters are ignored, as in other PEFT layers."""
+        """Set s in W0 + s * delta, or in s * B A, for one adapter. Unknown ones are ignored, as in PEFT's layers."""
         if adapter in self.scaling:
             self.scaling[adapter] = scale
 
@@ -130,12 +218,22 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
             return self._forward_mixed_batch(adapter_names, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if self.quantized_for and self.is_quantized_for(self.merged_adapters or self.active_adapters):
-            return self.adaptq_frozen(*args, **kwargs)  # type: ignore[misc]
-        adapters = [] if self.disable_adapters or self.merged else self._applied_adapters()
-        if not adapters:
-            return self.base_layer(*args, **kwargs)
-        return self._forward_with_deltas(adapters, *args, **kwargs)
+        if self.adaptq_merged is not None:
+            return self.adaptq_merged(*args, **kwargs)
+        form = self.form_for(self.merged_adapters or self.active_adapters)
+        adapters = [] if self.disable_adapters or self.merged else self.active_adapters
+        return self._forward_through(form, adapters, *args, **kwargs)
+
+    def _forward_through(self, form: nn.Module, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
+        """What one form of the layer gives, with the deltas and corrections of these adapters."""
+        deltas = [name for name in adapters if name in self.adaptq_delta]
+        output = self._forward_with_deltas(deltas, *args, **kwargs) if deltas else form(*args, **kwargs)
+        for name in adapters:
+            if self.is_corrected_by(name):
+                x = args[0] if args else next(iter(kwargs.values()))
+                a, b = self.adaptq_low_rank_A[name], self.adaptq_low_rank_B[name]
+                output = add_correction(output, x, a, b, self.scaling[name])
+        return output
 
     def _forward_mixed_batch(self, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Each sample through the adapter that `adapter_names` gives for it; "__base__" is none."""
@@ -164,10 +262,9 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
 
     def _forward_as(self, adapter: str, *args: Any, **kwargs: Any) -> Any:
         """What the layer gives for one adapter; "__base__" is the base as the active adapters see it."""
-        if adapter in self.adaptq_delta:
-            return self._forward_with_deltas([adapter], *args, **kwargs)
-        quantized = self.is_quantized_for(self.active_adapters if adapter == "__base__" else [adapter])
-        return (self.adaptq_frozen if quantized else self.base_layer)(*args, **kwargs)  # type: ignore[misc]
+        if adapter == "__base__":
+            return self.form_for(self.active_adapters)(*args, **kwargs)
+        return self._forward_through(self.form_for([adapter]), [adapter], *args, **kwargs)
 
     def _applied_adapters(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.adaptq_delta]
@@ -218,6 +315,13 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
     def _deltas(self, name: str, adapters: list[str]) -> list[torch.Tensor]:
         return [getattr(self.adaptq_delta[adapter], name) for adapter in adapters]
 
+    def _product(self, adapter: str, transposed: bool) -> torch.Tensor:
+        """B A of a correction, [out, in] or, if `transposed`, [in, out], in float32 at least."""
+        a, b = self.factors_of(adapter)
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        product = b.detach().to(dtype) @ a.detach().to(dtype)
+        return product.t() if transposed else product
+
     def _scales(self, adapters: list[str]) -> list[float]:
         return [self.scaling[adapter] for adapter in adapters]
 
@@ -225,7 +329,10 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
         return add_deltas(base, self._deltas(name, adapters), self._scales(adapters), dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add deltas to the base parameters. The original tensors are kept, so `unmerge` is exact.
+        """Add deltas and corrections to the base parameters. The originals are kept, so `unmerge` is exact.
+
+        A quantized linear can't hold a correction: while merged, a plain layer with its dequantized weight and the
+        correction runs in its place, in the memory of a plain layer.
 
         Args:
             safe_merge: check the merged weights first, and raise instead of merging if some are not finite.
@@ -234,38 +341,73 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: with `safe_merge`, if a merged weight is not finite.
         """
-        new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adaptq_delta]
+        new = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
         if not new:
             return
+        names = self.merged_adapters + new
+        if self.is_quantized_for(names):
+            self.adaptq_merged = self.corrected(dequantize_linear(self.form_for(names)), names, safe_merge)
+        else:
+            self._merge_into_base(names, safe_merge)
+            self.adaptq_merged = None
+        self.merged_adapters.extend(new)
+
+    def _merge_into_base(self, adapters: list[str], safe_merge: bool) -> None:
         parameters = self._base_parameters()
         originals = self._unmerged_data or {name: parameter.data for name, parameter in parameters.items()}
-        with torch.no_grad():
-            merged = {
-                name: self._adapted(name, original, self.merged_adapters + new, original.dtype)
-                for name, original in originals.items()
-            }
-        if safe_merge and not all(torch.isfinite(tensor).all() for tensor in merged.values()):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(new)} seems to be broken")
+        merged = {name: self._merged(name, original, adapters) for name, original in originals.items()}
+        if safe_merge:
+            _check_finite(merged.values(), adapters)
         for name, tensor in merged.items():
             parameters[name].data = tensor
         self._unmerged_data = originals
-        self.merged_adapters.extend(new)
+
+    @torch.no_grad()
+    def _merged(self, name: str, original: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+        """A parameter, in the orientation of the wrapped layer, with the deltas and corrections of these adapters."""
+        deltas = [adapter for adapter in adapters if adapter in self.adaptq_delta]
+        corrections = [adapter for adapter in adapters if name == "weight" and self.is_corrected_by(adapter)]
+        transposed = isinstance(self.base_layer, Conv1D)
+        added = self._deltas(name, deltas) + [self._product(adapter, transposed) for adapter in corrections]
+        return add_deltas(original, added, self._scales(deltas + corrections), original.dtype) if added else original
+
+    @torch.no_grad()
+    def corrected(self, plain: nn.Module, adapters: list[str], check_finite: bool = False) -> nn.Module:
+        """A plain copy of the linear that this layer wraps, with the corrections of these adapters in its weight.
+
+        Args:
+            plain: `nn.Linear` or `Conv1D` with the weight to correct; stays as it is.
+            adapters: those without a correction here are ignored.
+            check_finite: raise ValueError if a value of the result is not finite. Default `False`.
+        """
+        corrections = [adapter for adapter in adapters if self.is_corrected_by(adapter)]
+        transposed = isinstance(plain, Conv1D)
+        products = [self._product(adapter, transposed) for adapter in corrections]
+        weight: Any = plain.weight
+        weight = add_deltas(weight, products, self._scales(corrections), weight.dtype) if products else weight
+        if check_finite:
+            _check_finite([weight], corrections)
+        linear_class = Conv1D if transposed else nn.Linear
+        bias: Any = plain.bias
+        return linear_from_tensors(linear_class, weight.detach(), bias).train(plain.training)
 
     def unmerge(self) -> None:
         """Put back the tensors from before the merge: subtracting a delta would not restore a bfloat16 weight."""
         for name, original in self._unmerged_data.items():
             getattr(self.base_layer, name).data = original
         self._unmerged_data = {}
+        self.adaptq_merged = None
         self.merged_adapters.clear()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the deltas but keep their dtype, unlike PEFT's default: they may be wider than the base's."""
-        if adapter_name not in self.adaptq_delta:
-            return
-        delta = self.adaptq_delta[adapter_name]
         base = next(self.base_layer.parameters(recurse=False))
-        if not any(parameter.is_meta for parameter in (base, *delta.parameters())):
-            delta.to(device or base.device)
+        for modules in (self.adaptq_delta, self.adaptq_low_rank_A, self.adaptq_low_rank_B):
+            if adapter_name not in modules:
+                continue
+            own = modules[adapter_name]
+            if not any(parameter.is_meta for parameter in (base, *own.parameters())):
+                own.to(device or base.device)
 
     def __getattr__(self, name: str) -> Any:
         """Public attributes that models read from their layers (`in_features`, `nf`, `variance_epsilon`, ...)."""
@@ -284,12 +426,14 @@ class AdaptQLinear(AdaptQLayer):
     """`AdaptQLayer` for `nn.Linear` and `Conv1D` by one fused autograd function."""
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """s * delta of the weight, in the orientation of the weight."""
+        """s * delta of the weight, or s * B A, in the orientation of the weight."""
+        if self.is_corrected_by(adapter):
+            return self.correction_of(adapter)
         return self.scaling[adapter] * self._deltas("weight", [adapter])[0].detach()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether `peft.convert_to_lora` can approximate this layer: by the delta of its weight, yes."""
-        return adapter_name in self.adaptq_delta
+        """Whether `peft.convert_to_lora` can approximate this layer: by the delta of its weight or by B A, yes."""
+        return self.has_adapter(adapter_name)
 
     def _forward_with_deltas(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or _has_hooks(self.base_layer):
@@ -309,6 +453,11 @@ class AdaptQLinear(AdaptQLayer):
         )
         # As a 4-bit linear does: `prepare_model_for_kbit_training` leaves float32 norms between 16-bit linears.
         return output if autocast else output.to(args[0].dtype)
+
+
+def _check_finite(tensors: Iterable[torch.Tensor], adapters: list[str]) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken")
 
 
 def _rows(value: Any, rows: list[int], size: int) -> Any:
@@ -331,12 +480,13 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def wrap_layer(target: nn.Module) -> AdaptQLayer:
     """A layer around a module with parameters of its own: `AdaptQLinear` where it fits. It has no adapter yet."""
-    return AdaptQLinear(target) if type(target) in (nn.Linear, Conv1D) else AdaptQLayer(target)
+    fits = type(target) in (nn.Linear, Conv1D) or is_quantized(target)
+    return AdaptQLinear(target) if fits else AdaptQLayer(target)
 
 
-def create_layer(target: nn.Module, adapter_name: str, config: AdaptQConfig) -> AdaptQLayer:
-    """`wrap_layer` with its first adapter, active."""
+def create_layer(target: nn.Module, adapter_name: str, config: AdaptQConfig, corrected: bool = False) -> AdaptQLayer:
+    """`wrap_layer` with its first adapter, active: a delta on each parameter or, if `corrected`, a correction."""
     layer = wrap_layer(target)
     layer._active_adapter = adapter_name
-    layer.update_layer(adapter_name, config)
+    (layer.add_correction if corrected else layer.update_layer)(adapter_name, config)
     return layer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -21,14 +21,16 @@ from .artifacts.quantized_blocks import (
     split_quantized,
 )
 from .artifacts.unloading import (
-    build_plain_layers,
+    build_unloaded_linears,
     drop_unneeded_forms,
-    put_plain_layers,
+    put_unloaded_linears,
     resolve_unloaded_form,
-    show_quantized_forms,
+    seen_quantized,
+    unwrap_quantized,
 )
 from .artifacts.weighted_adapter import (
     check_modules_to_save,
+    combine_corrections,
     combine_deltas,
     combined_config,
     copy_modules_to_save,
@@ -39,8 +41,9 @@ from .config import AdaptQConfig
 from .direct_reads import children_read_by
 from .fingerprint import check_base, fingerprint_base
 from .frozen_prefix import FrozenPrefix
-from .layer import AdaptQLayer, create_layer
+from .layer import AdaptQLayer, create_layer, wrap_layer
 from .mixed_batch import mixed_batch
+from .module_names import base_name
 from .offloading import kept_on_device
 from .plan import AdapterPlan, make_plan
 from .quantization import keep_gradients_on_cpu, resolve_quantization, skip_when_quantizing
@@ -50,16 +53,18 @@ from .quantization.calibrated import (
     quantize_calibrated,
     resolve_calibration_method,
 )
-from .targets import is_excluded, match_by_peft
+from .targets import is_excluded, is_targeted, match_by_peft
 
 
 class AdaptQTuner(BaseTuner):
     """Trains K transformer blocks with full-rank deltas; the linears of all other blocks are stored in 4 bits.
 
+    With `frozen_rank` those linears get trainable low-rank corrections.
+
     Made by `get_peft_model(model, AdaptQConfig(...))`. If that fails, the model is as it was before.
 
     Attributes:
-        quantization_report: which linears were quantized, and which were left and why.
+        quantization_report: which linears were quantized and corrected, and which were left and why.
     """
 
     prefix = "adaptq_"
@@ -67,7 +72,8 @@ class AdaptQTuner(BaseTuner):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         # Before nn.Module's own __init__, which BaseTuner calls and then injects the adapter: plain attributes only.
-        vars(self).update(quantization_report=QuantizationReport(), _frozen_prefix=FrozenPrefix(model), _targets=[])
+        vars(self).update(quantization_report=QuantizationReport(), _frozen_prefix=FrozenPrefix(model))
+        vars(self).update(_targets=[], _corrected=[])
         super().__init__(model, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -83,10 +89,12 @@ class AdaptQTuner(BaseTuner):
             fingerprint = fingerprint_base(model, plan.blocks, plan.adapted)
             if config.base_fingerprint is not None and fingerprint is not None:
                 check_base(config.base_fingerprint, fingerprint)
-            self._targets = plan.targets
-            with kept_on_device(model, plan.targets):
+            self._targets, self._corrected = plan.targets, forms.report.corrected
+            with kept_on_device(model, self._targets + self._corrected):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 self._update_nested_layers(model, adapter_name, config)
+            for name, factors in forms.repairs.items():
+                cast(AdaptQLayer, model.get_submodule(name)).set_correction(adapter_name, *factors)
         if config.base_fingerprint is not None and config.quantization_calibration is not None:
             expect_quantized_tensors(model, adapter_name)
         config.base_fingerprint = fingerprint or config.base_fingerprint
@@ -98,6 +106,14 @@ class AdaptQTuner(BaseTuner):
             layer = cast(AdaptQLayer, model.get_submodule(name))
             if adapter_name not in layer.adaptq_delta:
                 layer.update_layer(adapter_name, config)
+        for name in self._corrected:
+            linear = model.get_submodule(name)
+            if not isinstance(linear, AdaptQLayer):
+                linear = wrap_layer(linear)
+                linear.set_adapter(self.active_adapters)
+                model.set_submodule(name, linear)
+            if not linear.is_corrected_by(adapter_name):
+                linear.add_correction(adapter_name, config)
 
     def _finish(self, model: nn.Module, config: AdaptQConfig, plan: AdapterPlan, report: QuantizationReport) -> None:
         config.layers_to_transform = plan.adapted or None
@@ -107,6 +123,7 @@ class AdaptQTuner(BaseTuner):
         self.quantization_report.restored.extend(report.restored)
         self.quantization_report.left.update(report.left)
         self.quantization_report.plain.update(report.plain)
+        self.quantization_report.corrected.extend(report.corrected)
         skip_when_quantizing(model, report.restored)
         self._frozen_prefix.set_blocks([block.name for block in plan.blocks])
         for module in model.modules():
@@ -114,7 +131,14 @@ class AdaptQTuner(BaseTuner):
         unasked = {name: why for name, why in report.left.items() if not why.startswith("named in")}
         if unasked:
             listed = "; ".join(f"{name}: {why}" for name, why in unasked.items())
-            warnings.warn(f"{len(unasked)} weights of frozen blocks were not quantized. {listed}", stacklevel=3)
+            what = "corrected" if plan.quantization == "none" else "quantized"
+            warnings.warn(f"{len(unasked)} weights of frozen blocks were not {what}. {listed}", stacklevel=3)
+        if config.frozen_rank and not report.corrected:
+            warnings.warn(
+                f"frozen_rank is {config.frozen_rank}, and there is no linear to correct: none of those in frozen "
+                "blocks is chosen by target_modules, or there are no frozen blocks.",
+                stacklevel=3,
+            )
 
     @property
     def _configs(self) -> dict[str, AdaptQConfig]:
@@ -131,7 +155,7 @@ class AdaptQTuner(BaseTuner):
             for name, module in reversed(list(model.named_modules())):  # inner layers before those around them
                 if isinstance(module, AdaptQLayer):
                     module.remove_adapter(adapter_name)
-                    if not module.adaptq_delta and not module.quantized_for:
+                    if module.is_empty and not module.quantized_for:
                         model.set_submodule(name, module.base_layer)
                 elif isinstance(module, AuxiliaryTrainingWrapper) and name not in wrappers:
                     model.set_submodule(name, module.original_module)
@@ -153,19 +177,20 @@ class AdaptQTuner(BaseTuner):
         config = cast(AdaptQConfig, peft_config)
         around: Any = type(parent.base_layer if isinstance(parent, AdaptQLayer) else parent)
         read_directly = target_name in children_read_by(around)
+        corrected = _is_named(current_key, self._corrected)
         if isinstance(target, AdaptQLayer):
             target.read_directly = read_directly
-            target.update_layer(adapter_name, config)
+            (target.add_correction if corrected else target.update_layer)(adapter_name, config)
             return
-        layer = create_layer(target, adapter_name, config)
+        layer = create_layer(target, adapter_name, config, corrected)
         layer.read_directly = read_directly
         if adapter_name not in self.active_adapters:  # an additional adapter is not trainable by itself
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
-        """Whether make_plan chose the layer; PEFT wants to know of those that the user excluded, too."""
-        if key in self._targets or f"_orig_mod.{key}" in self._targets:  # PEFT may ask without torch.compile's prefix
+        """Whether the layer gets a delta or a correction; PEFT wants to know of those that the user excluded, too."""
+        if _is_named(key, self._targets) or _is_named(key, self._corrected):
             return True
         return match_by_peft(key, [], cast(AdaptQConfig, peft_config))
 
@@ -181,10 +206,11 @@ class AdaptQTuner(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
         found = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
-        deltas, _ = split_quantized(found)
+        own, _ = split_quantized(found)
+        own = {name: tensor for name, tensor in own.items() if ".adaptq_merged." not in name}
         if cast(AdaptQConfig, config).quantization_calibration is not None:
-            deltas |= quantized_tensors(model, adapter_name)
-        return deltas
+            own |= quantized_tensors(model, adapter_name)
+        return own
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -193,10 +219,10 @@ class AdaptQTuner(BaseTuner):
         state_dict, quantized = split_quantized(state_dict)
         prefix = "base_model.model."
         expected = {
-            f"{prefix}{name.removeprefix(prefix)}.adaptq_delta.{parameter_name}": parameter
+            f"{prefix}{name.removeprefix(prefix)}.{parameter_name}": parameter
             for name, module in model.named_modules()
-            if isinstance(module, AdaptQLayer) and adapter_name in module.adaptq_delta
-            for parameter_name, parameter in module.adaptq_delta[adapter_name].named_parameters()
+            if isinstance(module, AdaptQLayer)
+            for parameter_name, parameter in module.parameters_of(adapter_name)
         }
         found = {f"{prefix}{name.removeprefix(prefix)}": tensor for name, tensor in state_dict.items()}
         others = {f"{prefix}{name.removeprefix(prefix)}" for name in model.state_dict()}
@@ -230,6 +256,8 @@ class AdaptQTuner(BaseTuner):
     ) -> None:
         """Add an adapter that combines others: on each parameter, a combination of their s * delta.
 
+        Low-rank corrections can be combined by "linear" only. The new ones have the sum of the ranks.
+
         Args:
             adapters: names of the adapters to combine.
             weights: a weight for each.
@@ -250,13 +278,14 @@ class AdaptQTuner(BaseTuner):
             )
         combine = resolve_combination(combination_type, density, majority_sign_method)
         check_modules_to_save(self.model, adapters)
-        self.peft_config[adapter_name] = combined_config([self._configs[name] for name in adapters])
+        self.peft_config[adapter_name] = combined_config([self._configs[name] for name in adapters], combination_type)
         try:
             self.inject_adapter(self.model, adapter_name)
         except BaseException:
             del self.peft_config[adapter_name]
             raise
         combine_deltas(self.model, adapters, weights, adapter_name, combine)
+        combine_corrections(self.model, adapters, weights, adapter_name)
         copy_modules_to_save(self.model, adapters, adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -281,7 +310,7 @@ class AdaptQTuner(BaseTuner):
         adapter_names: list[str] | None = None,
         frozen: str | None = None,
     ) -> nn.Module:
-        """Merge the deltas and take all adapters off, as in other PEFT methods.
+        """Merge deltas and low-rank corrections and take all adapters off, as in other PEFT methods.
 
         Args:
             progressbar: show one. Default `False`.
@@ -289,8 +318,9 @@ class AdaptQTuner(BaseTuner):
             adapter_names: adapters to merge; `None`: the active ones.
             frozen: what the linears of the frozen blocks become. "dequantized": plain layers with the rounded weights
                 that were trained with. "original": plain layers with the original weights, as far as they were kept
-                or the checkpoint can be read. "quantized": they stay as they are. `None` (default): "quantized" for a
-                model that arrived quantized, else "dequantized".
+                or the checkpoint can be read. "quantized": they stay as they are; those with a correction are
+                quantized again with it, with a warning. `None` (default): "quantized" for a model that arrived
+                quantized, else "dequantized".
 
         Raises:
             ValueError: if `frozen` is none of these, or "original" and original weights can't be had.
@@ -316,14 +346,14 @@ class AdaptQTuner(BaseTuner):
     ) -> Any:
         """As in other tuners. Packed weights without a quantization_config would save to what can't be loaded."""
         form = resolve_unloaded_form(self.model, frozen, merge)
-        if form != "original":
-            show_quantized_forms(self.model, adapter_names)
         revision = next((config.revision for config in self._configs.values()), None)
-        plain = build_plain_layers(self.model, form, revision, or_dequantized=frozen is None)
+        seen = seen_quantized(self.model, adapter_names, merge)
+        built = build_unloaded_linears(self.model, seen, form, revision, frozen is None, safe_merge)
+        unwrap_quantized(self.model, seen)
         while any(isinstance(module, AdaptQLayer) for module in self.model.modules()):  # wrapped within wrapped ones
             super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         self._frozen_prefix.disable_input_require_grads()
-        put_plain_layers(self.model, plain)
+        put_unloaded_linears(self.model, built, form)
         return self.model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -366,6 +396,10 @@ def _calibration(
     return calibrate
 
 
+def _is_named(key: str, names: Collection[str]) -> bool:
+    return key in names or f"_orig_mod.{key}" in names  # PEFT may ask without torch.compile's prefix
+
+
 def _wishes(
     adapter_name: str,
     config: AdaptQConfig,
@@ -380,6 +414,9 @@ def _wishes(
         revision=config.revision,
         is_excluded=lambda name: is_excluded(name, config),
         calibrate=calibrate,
+        corrected_rank=config.frozen_rank,
+        is_corrected=lambda name, linear: is_targeted(base_name(name), linear, config),
+        repairs=config.frozen_rank_init == "svd" and not config.is_from_file,  # else the values are to be loaded
     )
 
 

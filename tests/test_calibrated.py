@@ -112,3 +112,14 @@ def test_invalid_configs(fields):
         ValueError, match=r"quantization_calibration is .*(allowed: None or one of \['auto'|needs 4 bits)"
     ):
         config(**fields)
+
+
+def test_with_corrections_that_repair_what_calibration_left(model, samples, batch, tmp_path):
+    base = copy.deepcopy(model)
+    plain = get_peft_model(copy.deepcopy(model), config(samples))
+    wrapped = get_peft_model(model, config(samples, frozen_rank=8, frozen_rank_init="svd"))
+    assert error_of(wrapped, base, batch) < error_of(plain, base, batch)
+    randomize(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(logits(loaded, batch), logits(wrapped, batch))

@@ -46,6 +46,21 @@ def test_defaults():
         ({"delta_scaling": 0}, r"delta_scaling is 0; allowed: a finite number above 0"),
         ({"delta_scaling": float("inf")}, r"delta_scaling is inf; allowed"),
         ({"delta_dtype": "int8"}, r"delta_dtype is 'int8'; allowed: None or one of \['float32', 'bfloat16'"),
+        ({"frozen_rank": -1}, r"frozen_rank is -1; allowed: 0 \(no corrections\) or an integer of 1 or more"),
+        ({"frozen_rank": 4.0}, r"frozen_rank is 4\.0; allowed"),
+        ({"frozen_rank": True}, r"frozen_rank is True; allowed"),
+        ({"frozen_rank": 4, "frozen_alpha": 0}, r"frozen_alpha is 0; allowed: None \(2 \* frozen_rank\) or a finite"),
+        ({"frozen_alpha": 8}, r"frozen_rank is 0, so frozen_alpha and frozen_rank_init do nothing; set frozen_rank"),
+        ({"frozen_rank_init": "svd"}, r"frozen_rank is 0, so frozen_alpha and frozen_rank_init do nothing"),
+        ({"frozen_rank": 4, "frozen_rank_init": "loftq"}, r"frozen_rank_init is 'loftq'; allowed: \['zero', 'svd'\]"),
+        (
+            {"frozen_rank": 4, "frozen_rank_init": "svd", "quantization": "none"},
+            r'"svd" repairs quantization, and quantization is "none"; use "zero"',
+        ),
+        (
+            {"frozen_rank": 4, "frozen_rank_init": "svd", "original_weights": "dequantized"},
+            r'"svd" needs original weights, and original_weights is "dequantized"; use "zero"',
+        ),
         ({"evaluation": {}, "adaptq_version": 2}, r"is not valid:\n- adaptq_version is 2"),
         (
             {"certificate": {"budget": 0.05}},
@@ -82,6 +97,19 @@ def test_forms_of_fields_are_brought_to_one():
     assert AdaptQConfig(layers_to_transform=range(4, 2, -1)).layers_to_transform == [3, 4]
     assert AdaptQConfig(target_modules=["v_proj", "q_proj"]).target_modules == {"q_proj", "v_proj"}
     assert AdaptQConfig(delta_dtype=torch.bfloat16).delta_dtype == "bfloat16"
+
+
+def test_the_scale_of_corrections_is_that_of_lora_with_twice_the_rank_or_what_is_given():
+    assert AdaptQConfig(frozen_rank=16).frozen_scaling == 2.0
+    assert AdaptQConfig(frozen_rank=16, frozen_alpha=8).frozen_scaling == 0.5
+
+
+def test_a_config_from_before_low_rank_corrections_has_none(tmp_path):
+    AdaptQConfig().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    old = {name: value for name, value in json.loads(path.read_text()).items() if not name.startswith("frozen_")}
+    path.write_text(json.dumps(old))
+    assert AdaptQConfig.from_pretrained(tmp_path).frozen_rank == 0
 
 
 def test_runtime_fields_never_leave_the_config():

@@ -14,6 +14,7 @@ from adaptq_peft.layer import AdaptQLayer
 from adaptq_peft.quantization import is_quantized
 
 BLOCKS = {"first": [0, 1], "second": [1, 2], "third": [3]}
+RANKS = {"first": 2, "second": 4, "third": 0}  # of corrections, in TestMixedRank
 
 
 def config(name, **fields):
@@ -235,3 +236,130 @@ def test_targets_of_blocks_that_another_adapter_quantized(llama, batch):
     assert [name for name, p in wrapped.named_parameters() if p.requires_grad] == [
         "base_model.model.model.layers.2.mlp.up_proj.adaptq_delta.second.weight"
     ]
+
+
+class TestMixedRank:
+    """Adapters with low-rank corrections: a linear may be adapted by one and corrected by another."""
+
+    def config(self, name, **fields):
+        return config(name, frozen_rank=RANKS[name], **fields)
+
+    def alone(self, base, name, **fields):
+        model = get_peft_model(copy.deepcopy(base), self.config(name, **fields), adapter_name=name)
+        self.train(model, name)
+        return model
+
+    def together(self, base, names, **fields):
+        model = get_peft_model(copy.deepcopy(base), self.config(names[0], **fields), adapter_name=names[0])
+        for name in names[1:]:
+            model.add_adapter(name, self.config(name, **fields))
+        for name in names:
+            self.train(model, name)
+        return model
+
+    @staticmethod
+    def train(model, name):
+        generator = torch.Generator().manual_seed(len(name))
+        for layer in model.modules():
+            if isinstance(layer, AdaptQLayer):
+                for _, parameter in layer.parameters_of(name):
+                    parameter.data.normal_(std=0.05, generator=generator)
+
+    def assert_as_alone(self, model, base, names, batch):
+        for name in names:
+            expected = outputs(self.alone(base, name), name, batch)
+            for found, wanted in zip(outputs(model, name, batch), expected, strict=True):
+                assert torch.equal(found, wanted), name
+
+    def test_each_adapter_is_as_it_is_alone_in_any_order(self, base, batch):
+        for order in (["first", "second", "third"], ["third", "first", "second"]):
+            self.assert_as_alone(self.together(base, order), base, [*order, order[0]], batch)
+
+    def test_saved_loaded_and_deleted(self, base, batch, tmp_path):
+        self.together(base, ["first", "second"], original_weights="checkpoint").save_pretrained(tmp_path)
+        model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "second", adapter_name="second")
+        model.load_adapter(tmp_path / "first", adapter_name="first")
+        self.assert_as_alone(model, base, ["first", "second"], batch)
+        model.delete_adapter("second")
+        self.assert_as_alone(model, base, ["first"], batch)
+        both = [m for m in model.modules() if isinstance(m, AdaptQLayer) and m.adaptq_frozen is not None]
+        assert not both
+        model.load_adapter(tmp_path / "second", adapter_name="second")
+        self.assert_as_alone(model, base, ["second", "first"], batch)
+
+    def test_deleting_the_only_one_with_corrections_leaves_bare_quantized_linears(self, base, batch):
+        model = self.together(base, ["first", "third"])
+        model.delete_adapter("first")
+        self.assert_as_alone(model, base, ["third"], batch)
+        assert not any(isinstance(m, AdaptQLayer) and is_quantized(m.base_layer) for m in model.modules())
+
+    def test_a_failure_in_the_middle_takes_both_forms_back(self, base, batch, monkeypatch):
+        model = self.together(base, ["first", "third"])
+        expected = {name: outputs(model, name, batch)[0] for name in ("first", "third")}
+        names, modules = list(model.state_dict()), [type(module) for module in model.modules()]
+        add, calls = AdaptQLayer.add_correction, []
+
+        def fail(self, *args):
+            calls.append(1)
+            if len(calls) == 3:
+                raise MemoryError("no memory")
+            add(self, *args)
+
+        monkeypatch.setattr(AdaptQLayer, "add_correction", fail)
+        with pytest.raises(MemoryError, match="no memory"):
+            model.add_adapter("second", self.config("second"))
+        assert list(model.state_dict()) == names
+        assert [type(module) for module in model.modules()] == modules
+        for name, output in expected.items():
+            assert torch.equal(outputs(model, name, batch)[0], output)
+
+    def test_training_one_gives_the_same_losses_as_alone(self, base, batch, train):
+        model = self.together(base, ["first", "second"])
+        model.set_adapter("second")
+        assert train(model, batch) == train(self.alone(base, "second"), batch)
+        assert torch.equal(outputs(model, "first", batch)[0], outputs(self.alone(base, "first"), "first", batch)[0])
+
+    def test_a_batch_with_an_adapter_for_each_sample(self, base, batch):
+        model = self.together(base, ["first", "second"]).eval()
+        expected = {name: outputs(self.alone(base, name), name, batch) for name in ("first", "second")}
+        model.set_adapter("first")
+        names = ["first", "second", "__base__", "second"]
+        with torch.no_grad():
+            found = model(**batch, adapter_names=names).logits
+        chosen = [expected["first"][1] if name == "__base__" else expected[name][0] for name in names]
+        rows = torch.stack([output[i] for i, output in enumerate(chosen)])
+        torch.testing.assert_close(found, rows, rtol=1e-3, atol=1e-4)
+
+    def test_merging_one_of_several(self, base, batch):
+        for frozen in ("dequantized", "original"):
+            model = self.together(base, ["first", "second"])
+            model.set_adapter("first")
+            expected = outputs(self.alone(base, "first"), "first", batch)[0]
+            model.merge_adapter()
+            torch.testing.assert_close(logits(model, batch), expected, rtol=1e-3, atol=1e-4)
+            model.unmerge_adapter()
+            assert torch.equal(logits(model, batch), expected)
+            alone = self.alone(base, "first").merge_and_unload(frozen=frozen)
+            merged = model.merge_and_unload(frozen=frozen)
+            assert not any(is_quantized(m) or isinstance(m, AdaptQLayer) for m in merged.modules())
+            torch.testing.assert_close(logits(merged, batch), logits(alone, batch), rtol=1e-3, atol=1e-4)
+
+    def test_a_linear_combination_is_the_sum_on_each_linear(self, base, batch):
+        model = self.together(base, ["first", "second"])
+        model.add_weighted_adapter(["first", "second"], [0.5, 2.0], "both")
+        assert (model.peft_config["both"].frozen_rank, model.peft_config["both"].layers_to_transform) == (6, [0, 1, 2])
+        for layer in model.modules():
+            if isinstance(layer, AdaptQLayer) and layer.is_corrected_by("both"):
+                wanted = 0.5 * layer.correction_of("first") + 2.0 * layer.correction_of("second")
+                torch.testing.assert_close(layer.correction_of("both"), wanted)
+            elif isinstance(layer, AdaptQLayer) and layer.is_corrected_by("second"):  # block 0: the first's deltas
+                delta = layer.get_delta_weight("first")
+                wanted = 0.5 * delta + 2.0 * layer.correction_of("second")
+                torch.testing.assert_close(layer.get_delta_weight("both"), wanted)
+        self.assert_as_alone(model, base, ["first", "second"], batch)
+
+    def test_other_combinations_are_refused(self, base):
+        model = self.together(base, ["first", "second"])
+        with pytest.raises(ValueError, match=r"is 'ties', and the adapters have low-rank corrections .*\[2, 4\]"):
+            model.add_weighted_adapter(["first", "second"], [1.0, 1.0], "both", combination_type="ties", density=0.5)
+        assert list(model.peft_config) == ["first", "second"]

@@ -25,6 +25,7 @@ _STRUCTURE = (
     "exclude_modules",
     "modules_to_save",
     "trainable_token_indices",
+    "frozen_rank",
 )
 #: What describes the deltas, and goes with them.
 _DESCRIPTION = (
@@ -33,6 +34,7 @@ _DESCRIPTION = (
     "selection_strategy",
     "selection_seed",
     "profile",
+    "frozen_rank_init",
     "evaluation",
     "certificate",
 )
@@ -50,8 +52,9 @@ def hotswap_adapter(
     The ADAPTQ counterpart of `peft.utils.hotswap.hotswap_adapter`, which takes LoRA only. Tensors are copied into the
     parameters that are there, so a compiled model (`torch.compile(model)` or `model.compile()`) is not compiled again.
     s in W0 + s * delta is a constant of the compiled graph and stays what it was: where the new adapter has another
-    `delta_scaling`, its deltas are multiplied by the ratio. That is exact for a ratio that is a power of two, and
-    rounds once otherwise. Optimizer states of the old deltas are not touched.
+    `delta_scaling`, its deltas are multiplied by the ratio, and so is B of its low-rank corrections where their scale
+    differs. That is exact for a ratio that is a power of two, and rounds once otherwise. Optimizer states of the old
+    deltas are not touched.
 
     Args:
         model: a `PeftModel` or a transformers model with the adapter loaded, compiled or not.
@@ -70,14 +73,17 @@ def hotswap_adapter(
     new = _read_config(model_name_or_path, **kwargs)
     _check_same_structure(loaded, new, adapter_name)
     tensors = load_peft_weights(model_name_or_path, device=torch_device, **kwargs)
-    ratio = new.delta_scaling / loaded.delta_scaling
+    ratios = {".adaptq_delta.": new.delta_scaling / loaded.delta_scaling}
+    if new.frozen_rank:
+        ratios[".adaptq_low_rank_B."] = new.frozen_scaling / loaded.frozen_scaling
     with torch.no_grad():
         for name, parameter, tensor in _match(model, adapter_name, tensors):
-            fold = ratio != 1 and ".adaptq_delta." in name
-            parameter.copy_(tensor.float() * ratio if fold else tensor)
+            ratio = next((ratio for part, ratio in ratios.items() if part in name), 1)
+            parameter.copy_(tensor if ratio == 1 else tensor.float() * ratio)
     for layer in _layers(model, adapter_name):
-        if layer.scaling[adapter_name] != loaded.delta_scaling:  # by set_scale: that was for the old deltas
-            layer.set_scale(adapter_name, loaded.delta_scaling)
+        scale = loaded.frozen_scaling if layer.is_corrected_by(adapter_name) else loaded.delta_scaling
+        if layer.scaling[adapter_name] != scale:  # by set_scale: that was for the old values
+            layer.set_scale(adapter_name, scale)
     for field in _DESCRIPTION:
         setattr(loaded, field, getattr(new, field))
 
@@ -157,4 +163,4 @@ def _with_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _layers(model: nn.Module, adapter_name: str) -> list[AdaptQLayer]:
-    return [m for m in model.modules() if isinstance(m, AdaptQLayer) and adapter_name in m.adaptq_delta]
+    return [m for m in model.modules() if isinstance(m, AdaptQLayer) and m.has_adapter(adapter_name)]

@@ -21,6 +21,9 @@ def convert_to_lora(
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """Approximate the deltas of linear layers by LoRA matrices, with `peft.convert_to_lora`.
 
+    Low-rank corrections come along: exact up to rounding where `rank` is at least theirs. They belong to the quantized
+    linears of the frozen blocks, so the LoRA adapter belongs on a base that is quantized in the same way.
+
     LoRA has nothing for norms and biases: their deltas are left out, and a warning says how many have changed.
     Full-rank deltas are not low rank, so measure the result before it is used.
 
@@ -44,11 +47,11 @@ def convert_to_lora(
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             _add_at(view, name, module)
-        if not isinstance(module, AdaptQLayer) or adapter_name not in module.adaptq_delta:
+        if not isinstance(module, AdaptQLayer) or not module.has_adapter(adapter_name):
             continue
         fits = isinstance(module, AdaptQLinear)
-        for parameter_name, parameter in module.adaptq_delta[adapter_name].named_parameters():
-            left_out += bool(parameter.any()) and not (fits and parameter_name == "weight")
+        for parameter_name, parameter in module.parameters_of(adapter_name):
+            left_out += bool(parameter.any()) and not (fits and parameter_name.endswith(".weight"))
         if fits:
             _add_at(view, name, module)
             linears.add(name.removeprefix("base_model.model."))

@@ -178,6 +178,7 @@ def _method(config: Mapping[str, Any]) -> str:
     if not num_blocks:
         return "Full-rank deltas on the target modules; nothing is quantized."
     frozen = "frozen" if config.get("quantization") == "none" else "frozen, their linears quantized"
+    frozen += f", with low-rank corrections of rank {config['frozen_rank']}" if config.get("frozen_rank") else ""
     return (
         f"Full-rank deltas, `W0 + {config.get('delta_scaling')} * delta`, on {len(adapted)} of {num_blocks} "
         f"transformer blocks; the other {num_blocks - len(adapted)} are {frozen}."

@@ -109,8 +109,9 @@ def _quantized_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str
     for name, module in model.named_modules():
         own = name.removeprefix(PREFIX)
         if isinstance(module, AdaptQLayer):
-            if adapter_name in module.quantized_for and module.adaptq_frozen is not None:
-                yield base_name(own), module.adaptq_frozen
+            seen = module.form_for([adapter_name])
+            if is_quantized(seen):
+                yield base_name(own), seen
         elif is_quantized(module) and not is_inside_a_wrapper(name):
             yield base_name(own), module
 
@@ -121,7 +122,7 @@ def _others_see(model: nn.Module, name: str, adapter_name: str) -> bool:
             module = model.get_submodule(prefix + name)
         except AttributeError:
             continue
-        if isinstance(module, AdaptQLayer):
+        if isinstance(module, AdaptQLayer) and module.adaptq_frozen is not None:
             return any(other != adapter_name for other in module.quantized_for)
     adapters = {key for m in model.modules() if isinstance(m, AdaptQLayer) for key in m.scaling}
     return len(adapters - {adapter_name}) > 0

@@ -41,12 +41,21 @@ def resolve_combination(combination_type: str, density: float | None, majority_s
     return partial(getattr(merge_utils, combination_type), **options)
 
 
-def combined_config(configs: Sequence[AdaptQConfig]) -> AdaptQConfig:
+def combined_config(configs: Sequence[AdaptQConfig], combination_type: str) -> AdaptQConfig:
     """The config of an adapter that covers the blocks of all the given ones.
 
+    Its corrections have the sum of their ranks, so that they hold the sum of the others'.
+
     Raises:
-        ValueError: if the adapters differ in which layers of a block they adapt.
+        ValueError: if the adapters differ in which layers of a block they adapt, or have low-rank corrections and the
+            combination is not "linear".
     """
+    ranks = [config.frozen_rank for config in configs]
+    if any(ranks) and combination_type != "linear":
+        raise ValueError(
+            f"combination_type is {combination_type!r}, and the adapters have low-rank corrections (frozen_rank "
+            f"{ranks}), of which only a 'linear' combination is one again. Use 'linear'."
+        )
     first = configs[0]
     for name in ("target_modules", "exclude_modules", "trainable_token_indices"):
         if any(getattr(config, name) != getattr(first, name) for config in configs):
@@ -61,6 +70,8 @@ def combined_config(configs: Sequence[AdaptQConfig]) -> AdaptQConfig:
     config.modules_to_save = sorted(saved) or None
     config.base_fingerprint = None  # it depends on the blocks; made again
     config.evaluation = config.certificate = None  # measured on the others
+    # The default scale; the factors are filled in by combine_corrections.
+    config.frozen_rank, config.frozen_alpha, config.frozen_rank_init = sum(ranks), None, "zero"
     return config
 
 
@@ -90,17 +101,38 @@ def combine_deltas(
 ) -> None:
     """Set the deltas of adapter `new`, on each layer, to the combination of the other adapters' s * delta.
 
-    An adapter that a layer does not have counts as zero. The sum is divided by the scale of `new`.
+    An adapter with a low-rank correction there counts as s * B A, one that a layer does not have as zero. The sum is
+    divided by the scale of `new`.
     """
     for layer in model.modules():
         if not isinstance(layer, AdaptQLayer) or new not in layer.adaptq_delta:
             continue
         for name, target in layer.adaptq_delta[new].named_parameters():
-            scaled = [
-                layer.scaling[adapter] * getattr(layer.adaptq_delta[adapter], name).float()
-                if adapter in layer.adaptq_delta
-                else torch.zeros_like(target, dtype=torch.float32)
-                for adapter in adapters
-            ]
+            scaled = [_scaled(layer, adapter, name, target) for adapter in adapters]
             combined = combine(scaled, torch.tensor(list(weights), device=target.device))
             target.copy_(combined / layer.scaling[new])
+
+
+def _scaled(layer: AdaptQLayer, adapter: str, name: str, like: torch.Tensor) -> torch.Tensor:
+    """What an adapter adds to a parameter, in float32 and the shape of `like`."""
+    if adapter in layer.adaptq_delta:
+        return layer.scaling[adapter] * getattr(layer.adaptq_delta[adapter], name).float()
+    if layer.is_corrected_by(adapter) and name == "weight":
+        return layer.correction_of(adapter).float()
+    return torch.zeros_like(like, dtype=torch.float32)
+
+
+@torch.no_grad()
+def combine_corrections(model: nn.Module, adapters: Sequence[str], weights: Sequence[float], new: str) -> None:
+    """Set the corrections of adapter `new` to the weighted sum of the others': their factors side by side."""
+    for layer in model.modules():
+        if not isinstance(layer, AdaptQLayer) or not layer.is_corrected_by(new):
+            continue
+        factors_a, factors_b = [], []
+        for name, weight in zip(adapters, weights, strict=True):
+            if layer.is_corrected_by(name):
+                a, b = layer.factors_of(name)
+                factors_a.append(a.float())
+                factors_b.append(weight * layer.scaling[name] * b.float())
+        if factors_a:
+            layer.set_correction(new, torch.cat(factors_a), torch.cat(factors_b, dim=1))

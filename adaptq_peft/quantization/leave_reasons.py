@@ -19,12 +19,14 @@ class LeaveReasons:
 
     Args:
         model: the model.
-        settings: how linears are quantized.
+        settings: how linears are quantized; `None`: they are not, and what must not be replaced is looked for.
         is_excluded: whether the user excluded the linear with a dotted name.
     """
 
-    def __init__(self, model: nn.Module, settings: QuantizationSettings, is_excluded: Callable[[str], bool]) -> None:
-        self._settings = settings
+    def __init__(
+        self, model: nn.Module, settings: QuantizationSettings | None, is_excluded: Callable[[str], bool]
+    ) -> None:
+        self._skip_modules = [] if settings is None else list(settings.skip_modules)
         self._is_excluded = is_excluded
         self._use_counts = _parameter_use_counts(model)
         self._kept_in_float32 = _kept_in_float32(model)
@@ -38,7 +40,7 @@ class LeaveReasons:
         """Why the linear with this dotted name is left; `None`: nothing speaks against quantizing it."""
         if self._is_excluded(name):
             return "named in exclude_modules or modules_to_save"
-        if not should_convert_module(name, list(self._settings.skip_modules)):
+        if not should_convert_module(name, self._skip_modules):
             return "named in llm_int8_skip_modules"
         if self._kept_in_float32.intersection(name.split(".")):
             return "transformers keeps it in float32, and reads its weight"

@@ -16,7 +16,7 @@ from adaptq_peft import AdaptQConfig
 Values = list[Any]
 
 #: What `--fast` keeps: the cases with these ids, else the first of a list, on these models.
-FAST_CASES = frozenset({"nf4", "MLP-both", "MLP-modules_to_save", "Embedding-Conv1D", "Conv2d", "same"})
+FAST_CASES = frozenset({"nf4", "mixed-rank", "MLP-both", "MLP-modules_to_save", "Embedding-Conv1D", "Conv2d", "same"})
 FAST_MODELS = frozenset(
     {
         "peft-internal-testing/tiny-random-OPTForCausalLM",
@@ -101,6 +101,12 @@ def _variants(task_type: str) -> dict[str, dict[str, Any]]:
             "quantization": "int8",
             "original_weights": "keep",
             "target_modules": "all-linear",
+        },
+        "mixed-rank": {
+            "task_type": task_type,
+            "layers_to_transform": [1],
+            "frozen_rank": 4,
+            "original_weights": "keep",
         },
     }
 

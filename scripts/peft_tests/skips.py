@@ -51,7 +51,7 @@ T5_BIAS = (
 TRAINED_WHOLE = (
     "a second adapter's modules_to_save names a linear that the first has quantized: refused, the error says how"
 )
-QUANTIZED = ("nf4", "int8-linears", "profiled")  #: ids of the cases with quantized blocks
+QUANTIZED = ("nf4", "int8-linears", "mixed-rank", "profiled")  #: ids of the cases with quantized blocks
 ACCELERATOR = "needs a GPU"
 SHARED_STATE = "about tuners with state shared between layers; ADAPTQ has none"
 

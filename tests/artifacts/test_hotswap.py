@@ -58,7 +58,10 @@ def load(base, folder, **kwargs):
     return PeftModel.from_pretrained(base(), folder, **kwargs)
 
 
-@pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 7]}])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 7]}, {"frozen_rank": 4}],
+)
 def test_the_outputs_are_those_of_the_new_adapter(base, save_adapter, batch, fields):
     first, second = save_adapter("first", 1, **fields), save_adapter("second", 2, **fields)
     model = load(base, first)
@@ -246,3 +249,14 @@ def test_calibrated_codes_must_be_the_same(base, save_adapter, samples, batch):
     ):
         hotswap_adapter(model, str(other))
     assert torch.equal(logits(model, batch), expected)
+
+
+def test_corrections_of_another_scale_are_folded_in_and_those_of_another_rank_refused(base, save_adapter, batch):
+    first, second = save_adapter("first", 1, frozen_rank=4), save_adapter("second", 2, frozen_rank=4, frozen_alpha=16)
+    model, expected = load(base, first), logits(load(base, second), batch)
+    model.base_model.model.model.layers[0].mlp.up_proj.set_scale("default", 0.5)  # was for the old values
+    hotswap_adapter(model, second)
+    assert torch.equal(logits(model, batch), expected)
+    third = save_adapter("third", 3, frozen_rank=2)
+    with pytest.raises(ValueError, match="frozen_rank is 2 instead of 4"):
+        hotswap_adapter(model, third)

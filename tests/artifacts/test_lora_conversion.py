@@ -57,3 +57,20 @@ def test_an_adapter_without_linears():
     model = nn.Sequential(nn.LayerNorm(4))
     with pytest.raises(TypeError, match="Could not detect any layer that supports LoRA conversion"):
         convert_to_lora(get_peft_model(model, AdaptQConfig(target_modules=["0"])), rank=1)
+
+
+@pytest.mark.parametrize("rank", [4, 6])
+def test_low_rank_corrections_come_along(model, rank):
+    wrapped = get_peft_model(model, AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[3], frozen_rank=4))
+    layers = {
+        name: layer
+        for name, layer in wrapped.named_modules()
+        if isinstance(layer, AdaptQLayer) and layer.is_corrected_by("default")
+    }
+    for layer in layers.values():
+        nn.init.normal_(layer.adaptq_low_rank_B["default"].weight, std=0.1)
+    _, state_dict = convert_to_lora(wrapped, rank=rank)
+    for name, layer in layers.items():
+        product = state_dict[f"{name}.lora_B.weight"] @ state_dict[f"{name}.lora_A.weight"]
+        torch.testing.assert_close(product, layer.correction_of("default"), rtol=1e-4, atol=1e-5)
+    assert any(".layers.3." in name or ".h.3." in name for name in state_dict)
