@@ -9,7 +9,15 @@ from .artifacts.hotswap import hotswap_adapter
 from .artifacts.lora_conversion import convert_to_lora
 from .artifacts.model_card import keep_section_when_cards_are_rewritten, update_model_card
 from .config import AdaptQConfig
-from .preservation import BaseReference, ForgettingCallback, ForgettingReport, fit_to_budget, measure_forgetting
+from .preservation import (
+    Anchor,
+    BaseReference,
+    ForgettingCallback,
+    ForgettingReport,
+    PreservationCallback,
+    fit_to_budget,
+    measure_forgetting,
+)
 from .presplit import adaptq_bnb_config
 from .registration import register_tuner
 from .selection import ActivationProfile, SelectionRequest, profile_activations, register_selection_strategy
@@ -22,9 +30,11 @@ __all__ = [
     "ActivationProfile",
     "AdaptQConfig",
     "AdaptQTuner",
+    "Anchor",
     "BaseReference",
     "ForgettingCallback",
     "ForgettingReport",
+    "PreservationCallback",
     "SelectionRequest",
     "adaptq_bnb_config",
     "convert_to_lora",

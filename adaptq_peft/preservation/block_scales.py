@@ -97,13 +97,14 @@ class BlockScales:
 
 
 def linear_parameters(layer: BaseTunerLayer, adapter: str) -> list[Tensor]:
-    """The parameters of an adapter in a layer by which the weight is multiplied if they all are: deltas, or LoRA's B.
+    """The parameters of an adapter in a layer by which the weight is multiplied if they all are: deltas, or B.
 
     Raises:
         ValueError: if the layer is of another method, or of DoRA, where the weight is not linear in any.
     """
     if isinstance(layer, AdaptQLayer):
-        return list(layer.adaptq_delta[adapter].parameters())
+        corrected = layer.is_corrected_by(adapter)
+        return list((layer.adaptq_low_rank_B if corrected else layer.adaptq_delta)[adapter].parameters())
     if isinstance(layer, LoraLayer) and adapter not in layer.lora_magnitude_vector:
         if adapter in layer.lora_B:
             return list(layer.lora_B[adapter].parameters())

@@ -47,6 +47,18 @@ def test_fold_gives_the_outputs_of_set(scaled, batch):
     assert torch.equal(logits(scaled, batch), expected)
 
 
+def test_corrections_of_frozen_blocks_are_scaled_with_the_deltas(adapt, batch):
+    model = adapt(frozen_rank=4, init_weights=False)
+    scales, factors = BlockScales(model), np.array([0.5, 1.0, 0.0, 0.25])
+    assert scales.blocks == [0, 1, 2, 3]
+    before = logits(model, batch)
+    scales.set(factors)
+    expected = logits(model, batch)
+    scales.fold(factors)
+    assert torch.equal(logits(model, batch), expected)
+    assert not torch.equal(expected, before)
+
+
 def test_gradient_leaves_flags_and_gradients_alone(adapt, general, tokenizer):
     model = adapt(inference_mode=True)
     BlockScales(model).gradient(np.zeros(2), tokenize_documents(tokenizer, general), 8)
