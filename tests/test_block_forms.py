@@ -73,7 +73,7 @@ def test_a_failure_in_the_middle_names_the_layer_and_touches_nothing(llama, monk
 
 
 def test_the_weight_bytes_of_a_half_quantized_model(make_model):
-    """The issue's figure: 16-bit base, K = L/2, nested absmax: (4.127 + 16) / 32 = 0.629 of the original."""
+    """16-bit base, K = L/2, nested absmax: (4.127 + 16) / 32 = 0.629 of the original."""
     model = make_model(num_layers=4, hidden_size=256, intermediate_size=512).bfloat16()
 
     def linear_bytes():
