@@ -19,7 +19,7 @@ types: setup
 	$(RUN)/mypy
 
 unit: setup
-	$(RUN)/python -m pytest
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # PEFT's own test-suite, from its sdist, with ADAPTQ's cases.
 peft-tests: setup
