@@ -98,6 +98,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
         if skip is not None:
             item.add_marker(pytest.mark.skip(reason=skip.reason))
             _used_skips.add(skip)
+    unused = [skip for skip in SKIPS if skip not in _used_skips]
+    if unused and config.getoption("all_skips_used"):
+        raise pytest.UsageError("rows of skips.py that cover no test: " + ", ".join(map(str, unused)))
 
 
 def _is_ours(item: pytest.Function) -> bool:
@@ -175,24 +178,16 @@ def pytest_runtest_makereport(item: pytest.Function, call: pytest.CallInfo[None]
     if report.skipped and _skip_of(item) is None:
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} skips itself, and skips.py has no row for it: {report.longrepr[2]}"
-    if report.when == "call" or report.outcome != "passed":
-        _counts[_file(item.module), report.outcome] += 1
     return report  # type: ignore[return-value]
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.outcome != "passed":
+        _counts[Path(report.nodeid.partition("::")[0]).name, report.outcome] += 1
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.section("ADAPTQ cases in PEFT's test files")
     for file in sorted({file for file, _ in _counts}):
         counts = [f"{_counts[file, outcome]:5} {outcome}" for outcome in ("passed", "failed", "skipped")]
-        terminalreporter.write_line(f"{file + '.py':36}{', '.join(counts)}")
-    for skip in _unused_skips(config):
-        terminalreporter.write_line(f"ERROR: covers no test: {skip}")
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if _unused_skips(session.config) and session.exitstatus == pytest.ExitCode.OK:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def _unused_skips(config: pytest.Config) -> list[Skip]:
-    return [skip for skip in SKIPS if skip not in _used_skips] if config.getoption("all_skips_used") else []
+        terminalreporter.write_line(f"{file:36}{', '.join(counts)}")

@@ -65,6 +65,7 @@ def main() -> int:
         files = [str(tests / file) for file in arguments.files or FILES]
         options = ["-p", "adaptq_plugin", "-p", "no:cacheprovider", "-q", "-rfEs", "--tb=short"]
         options += ["--fast"] * arguments.fast
+        options += ["--numprocesses", str(arguments.numprocesses), "--dist", "worksteal"]
         options += ["--all-skips-used"] * (not arguments.fast and not arguments.files and not pytest_arguments)
         here = Path(__file__).resolve().parent
         environment = {
@@ -83,6 +84,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description="Run PEFT's own test-suite on ADAPTQ. Other options go to pytest.")
     parser.add_argument("--fast", action="store_true", help="a few cases and models of each test")
     parser.add_argument("--files", nargs="+", metavar="FILE", help=f"only these of {', '.join(FILES)}")
+    parser.add_argument("--numprocesses", type=int, default=2, help="0: in this process (%(default)s)")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for sdists (%(default)s)")
     return parser.parse_known_args()
 
