@@ -26,6 +26,7 @@ from adaptq_peft import AdaptQConfig
 
 _adaptq_tests: set[str] = set()  # tests that run over PEFT's methods, and now over ADAPTQ cases instead
 _used_skips: set[Skip] = set()
+_unused_skips: set[str] = set()
 _missing_packages: list[str] = []
 _counts: Counter[tuple[str, str]] = Counter()
 
@@ -98,9 +99,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
         if skip is not None:
             item.add_marker(pytest.mark.skip(reason=skip.reason))
             _used_skips.add(skip)
-    unused = [skip for skip in SKIPS if skip not in _used_skips]
-    if unused and config.getoption("all_skips_used"):
-        raise pytest.UsageError("rows of skips.py that cover no test: " + ", ".join(map(str, unused)))
 
 
 def _is_ours(item: pytest.Function) -> bool:
@@ -191,3 +189,23 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for file in sorted({file for file, _ in _counts}):
         counts = [f"{_counts[file, outcome]:5} {outcome}" for outcome in ("passed", "failed", "skipped")]
         terminalreporter.write_line(f"{file:36}{', '.join(counts)}")
+    for skip in sorted(_unused_skips):
+        terminalreporter.write_line(f"ERROR: covers no test: {skip}")
+
+
+# Tests are collected in each worker of pytest-xdist, or here if there is none.
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("all_skips_used") and session.testscollected:
+        _unused_skips.update(str(skip) for skip in SKIPS if skip not in _used_skips)
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["unused_skips"] = list(_unused_skips)
+    if _unused_skips and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    _unused_skips.update(getattr(node, "workeroutput", {}).get("unused_skips", ()))
