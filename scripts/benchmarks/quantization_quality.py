@@ -1,10 +1,12 @@
 """What 4-bit rounding of half the blocks costs, plain and calibrated: perplexity on texts that calibration never saw.
 
     python scripts/benchmarks/quantization_quality.py --calibrate general=wiki_valid.txt domain=legal_train.jsonl \
-        --test wikitext2=wiki_test.txt legal=legal_test.jsonl --draws 0 1 2
+        --test wikitext2=wiki_test.txt legal=legal_test.jsonl presidents=sotu --draws 0 1 2
 
 Text files are .txt (one document) or .jsonl (one {"text": ...} a line). The model's own text is always part of the
-calibration, and messages of US presidents (package `sotu`) always of the test. Without `--calibrate` the first is all.
+calibration; without `--calibrate` it is all. The file "sotu" stands for the demo's test text, messages of US presidents
+(package `sotu`); without `--test` it is all that is measured.
+`--model` takes the folder of another model, such as one of `train_small_model.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adaptq_peft.demo.model import load_demo_model
 from adaptq_peft.demo.texts import load_demo_texts
@@ -42,6 +45,11 @@ def read_text(path: str) -> str:
     if path.endswith(".jsonl"):
         return "\n\n".join(json.loads(line)["text"] for line in content.splitlines() if line.strip())
     return content
+
+
+def read_documents(path: str) -> list[str]:
+    """The text of a file as one document, or for "sotu" the demo's test text."""
+    return load_demo_texts().domain_test if path == "sotu" else [read_text(path)]
 
 
 def draw_windows(tokenizer, text: str, tokens: int, length: int, seed: int) -> list[dict[str, list[int]]]:
@@ -95,8 +103,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    parser.add_argument("--model", help="folder or id (default: the demo's 135M model)")
     parser.add_argument("--calibrate", nargs="*", default=[], help="name=file, ... : text to calibrate on")
-    parser.add_argument("--test", nargs="*", default=[], help="name=file, ... : text to measure on")
+    parser.add_argument("--test", nargs="*", default=["presidents=sotu"], help="name=file, ... : text to measure on")
     parser.add_argument("--methods", nargs="+", default=["plain", *CALIBRATION_METHODS])
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, help="which half is adapted")
     parser.add_argument("--draws", nargs="+", type=int, default=[0, 1, 2], help="seeds of the calibration text")
@@ -107,10 +116,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="dtype of activations")
     parser.add_argument("--output", type=Path, help="write every run as JSON to this file, after each run")
     arguments = parser.parse_args()
-    model, tokenizer = load_demo_model()
+    if arguments.model:
+        model = AutoModelForCausalLM.from_pretrained(arguments.model)
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    else:
+        model, tokenizer = load_demo_model()
     model = model.to(getattr(torch, arguments.dtype))
-    tests = {value.partition("=")[0]: [read_text(value.partition("=")[2])] for value in arguments.test}
-    tests["presidents"] = load_demo_texts().domain_test
+    tests = {value.partition("=")[0]: read_documents(value.partition("=")[2]) for value in arguments.test}
 
     def measure():
         options = {"max_length": arguments.length, "max_tokens": arguments.test_tokens}
