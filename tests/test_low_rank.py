@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.bnb import Linear4bit
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from safetensors import safe_open
-from support import logits
+from support import fail_at_call, logits
 from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -261,15 +261,7 @@ class TestModel:
 
     def test_a_failure_takes_everything_back(self, model, batch, monkeypatch):
         expected, names = logits(model, batch), list(model.state_dict())
-        add, calls = AdaptQLayer.add_correction, []
-
-        def fail(self, *args):
-            calls.append(1)
-            if len(calls) == 4:
-                raise MemoryError("no memory")
-            add(self, *args)
-
-        monkeypatch.setattr(AdaptQLayer, "add_correction", fail)
+        fail_at_call(monkeypatch, AdaptQLayer, "add_correction", call=4)
         with pytest.raises(MemoryError, match="no memory"):
             get_peft_model(model, config())
         assert list(model.state_dict()) == names

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from support import logits, randomize
+from support import fail_at_call, logits, randomize
 
 from adaptq_peft import AdaptQConfig
 from adaptq_peft.layer import AdaptQLayer
@@ -198,15 +198,7 @@ def test_a_failure_in_the_middle_takes_both_forms_back(base, batch, monkeypatch)
     model = together(base, ["first", "third"])
     expected = {name: outputs(model, name, batch)[0] for name in ("first", "third")}
     names, modules = list(model.state_dict()), [type(module) for module in model.modules()]
-    update, calls = AdaptQLayer.update_layer, []
-
-    def fail(self, *args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise MemoryError("no memory")
-        update(self, *args)
-
-    monkeypatch.setattr(AdaptQLayer, "update_layer", fail)
+    fail_at_call(monkeypatch, AdaptQLayer, "update_layer", call=4)
     with pytest.raises(MemoryError, match="no memory"):
         model.add_adapter("second", config("second"))
     assert list(model.state_dict()) == names
@@ -297,15 +289,7 @@ class TestMixedRank:
         model = self.together(base, ["first", "third"])
         expected = {name: outputs(model, name, batch)[0] for name in ("first", "third")}
         names, modules = list(model.state_dict()), [type(module) for module in model.modules()]
-        add, calls = AdaptQLayer.add_correction, []
-
-        def fail(self, *args):
-            calls.append(1)
-            if len(calls) == 3:
-                raise MemoryError("no memory")
-            add(self, *args)
-
-        monkeypatch.setattr(AdaptQLayer, "add_correction", fail)
+        fail_at_call(monkeypatch, AdaptQLayer, "add_correction", call=3)
         with pytest.raises(MemoryError, match="no memory"):
             model.add_adapter("second", self.config("second"))
         assert list(model.state_dict()) == names

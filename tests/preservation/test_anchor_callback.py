@@ -7,23 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support import curve, same, trained, trainer_options
 from transformers import Trainer, TrainingArguments
 
 from adaptq_peft import AdaptQConfig
 from adaptq_peft.preservation.anchor import Anchor
 from adaptq_peft.preservation.anchor_callback import PreservationCallback
-
-
-def curve(trainer, key="loss"):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-def trained(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def adaptq(model):
@@ -39,17 +28,7 @@ def make_trainer(tmp_path, batch):
     rows = [{"input_ids": row, "labels": row} for row in batch["input_ids"].repeat(8, 1)]
 
     def make(model, *callbacks, **changes):
-        options = {
-            "max_steps": 4,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 5e-3,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-        }
-        arguments = TrainingArguments(output_dir=str(tmp_path / "run"), **{**options, **changes})
+        arguments = TrainingArguments(**trainer_options(tmp_path, **changes))
         return Trainer(model, arguments, train_dataset=rows, callbacks=list(callbacks))
 
     return make

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import PeftModel, get_peft_model
+from support import logits, same
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
@@ -22,16 +23,6 @@ def wrap(model, samples, **fields):
 
 def trainable(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-def logits(model, batch):
-    model.eval()
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from support import curve, trainer_options
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from adaptq_peft import AdaptQConfig
@@ -19,24 +20,11 @@ def make_trainer(model_folder, tmp_path):
         wrapped = get_peft_model(model, config)
         generator = torch.Generator().manual_seed(1)
         rows = torch.randint(3, 200, (16, 12), generator=generator)
-        defaults = {
-            "max_steps": 4,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 2e-3,
-            "logging_steps": 1,
-            "save_steps": 2,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-        }
-        arguments = TrainingArguments(output_dir=str(tmp_path / name), **{**defaults, **arguments})
+        defaults = {"output_dir": str(tmp_path / name), "save_strategy": "steps", "save_steps": 2}
+        arguments = TrainingArguments(**trainer_options(tmp_path, **{**defaults, **arguments}))
         return Trainer(wrapped, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
 
     return make
-
-
-def curve(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def test_a_resumed_run_has_the_same_losses_and_the_checkpoint_loads(make_trainer, model_folder, tmp_path):

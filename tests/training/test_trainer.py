@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from support import curve, same, trained, trainer_options
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -19,18 +20,6 @@ from adaptq_peft import AdaptQConfig
 
 SCRIPT = Path(__file__).with_name("killed_run.py")
 build = runpy.run_path(str(SCRIPT))["build"]
-
-
-def curve(trainer, key="loss"):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-def trained(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 @pytest.fixture
@@ -43,17 +32,7 @@ def run(tmp_path, dataset):
     """Trains a model for four steps with `Trainer`; takes any of its arguments."""
 
     def train(model, callbacks=None, **arguments):
-        defaults = {
-            "max_steps": 4,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 5e-3,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-        }
-        arguments = TrainingArguments(output_dir=str(tmp_path / "run"), **{**defaults, **arguments})
+        arguments = TrainingArguments(**trainer_options(tmp_path, **arguments))
         trainer = Trainer(model, arguments, train_dataset=dataset, eval_dataset=dataset[:8], callbacks=callbacks)
         trainer.train()
         return trainer

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from support import curve, same, trainer_options
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from adaptq_peft import AdaptQConfig
@@ -17,20 +18,12 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 
-def curve(trainer, key="loss"):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
 def deltas(model, adapter="default"):
     return {
         name.replace(f".{adapter}.", "."): parameter.detach().clone()
         for name, parameter in model.named_parameters()
         if f".adaptq_delta.{adapter}." in name
     }
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def logits(model, batch):
@@ -73,19 +66,7 @@ def preferences():
 
 
 def options(tmp_path, **changes):
-    defaults = {
-        "output_dir": str(tmp_path / "run"),
-        "max_steps": 4,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 5e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-    }
-    return {**defaults, **changes}
+    return trainer_options(tmp_path, **{"per_device_train_batch_size": 2, "bf16": False, **changes})
 
 
 class TestSFT:
