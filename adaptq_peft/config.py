@@ -77,7 +77,7 @@ class AdaptQConfig(PeftConfig):
         quantization: how the linears of the frozen blocks are stored: "nf4" (default), "fp4", "int8", "none", or a
             `transformers.BitsAndBytesConfig`. The names mean bitsandbytes with nested absmax (double quantization).
         quantization_calibration: how the codes of the frozen blocks are chosen. `None` (default): plain rounding.
-            "auto", "absmax", "gptq" or "descent": calibrated on `calibration_data`,
+            "auto", "absmax", "gptq", "descent" or "asymmetric": calibrated on `calibration_data`,
             `general_calibration_data` and text that the model writes itself. The codes are saved with the adapter.
         original_weights: where the original weights of a linear come from that is quantized already: because the model
             arrived in 4 bits, another adapter on it has frozen that block, or `unload()` takes all adapters off.

@@ -73,6 +73,11 @@ class BlockStream:
                 )
         return stream
 
+    def fork(self) -> BlockStream:
+        """A second stream at the same place, on which other modules may run in the blocks' places."""
+        calls = {name: list(calls) for name, calls in self._calls.items()}
+        return BlockStream(list(self.hidden), self.masks, calls)
+
     def _recorder(self, block: Block, first: bool) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs.get("hidden_states")
@@ -102,12 +107,19 @@ class BlockStream:
     def inputs_of(self, block: Block, module: nn.Module, inner: nn.Module) -> Iterator[Tensor]:
         """The inputs [tokens, in] of a layer `inner` of `module`, which runs in the block's place; no padding.
 
-        The rest of the block does not run. A layer that does not run in a batch yields nothing for it.
+        The rest of the block does not run. A layer that does not run in a batch has no rows there: [0, 0].
         """
         for hidden, mask, call in zip(self.hidden, self.masks, self._calls[block.name], strict=True):
             with _catch_input(inner) as caught:
                 _run_until_stopped(module, (hidden, *call.args), call.kwargs)
-            yield from (real_tokens(tensor, mask) for tensor in caught)
+            yield real_tokens(caught[0], mask) if caught else hidden.new_empty(0, 0)
+
+    def token_counts(self) -> list[int]:
+        """How many tokens each batch has, padding not counted."""
+        return [
+            int(mask.sum()) if mask is not None else hidden.shape[:-1].numel()
+            for hidden, mask in zip(self.hidden, self.masks, strict=True)
+        ]
 
     def first_call(self, block: Block) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments and keyword arguments of the block for the first batch."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, repeat
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,14 @@ from ..settings import QuantizationSettings
 from .absmax_search import search_absmax
 from .block_stream import Batch, BlockStream, linears_by_input
 from .grid import GROUP_SIZE, Grid, GridWeight, StoredAbsmax, get_grid, largest_absmax, pack_linear, store_absmax
-from .rounding import damped, descend_by_coordinates, round_to_nearest, round_with_error_feedback, uncorrectable
+from .rounding import (
+    asymmetric_target,
+    damped,
+    descend_by_coordinates,
+    round_to_nearest,
+    round_with_error_feedback,
+    uncorrectable,
+)
 
 
 @dataclass(frozen=True)
@@ -34,22 +41,27 @@ class CalibrationMethod:
         error_feedback: whether later columns make up for the error of earlier ones (GPTQ).
         sweeps: visits of coordinate descent to each column afterwards.
         damping: share of the mean squared input that is added to each column's.
+        asymmetric: whether the rounded layer, on the inputs that it gets from quantized layers, should give what the
+            original gives on those that it gets from original ones (GPTAQ). It then makes up for what was rounded
+            before it, too. Else both are compared on the same inputs.
     """
 
     search_absmax: bool = True
     error_feedback: bool = True
     sweeps: int = 0
     damping: float = 0.1
+    asymmetric: bool = False
 
 
 CALIBRATION_METHODS: dict[str, CalibrationMethod] = {
     "absmax": CalibrationMethod(error_feedback=False),
     "gptq": CalibrationMethod(search_absmax=False),
     "descent": CalibrationMethod(sweeps=2),
+    "asymmetric": CalibrationMethod(sweeps=2, asymmetric=True),
 }
 """The methods by name."""
 
-BEST_METHOD = "descent"
+BEST_METHOD = "asymmetric"
 """What "auto" means."""
 
 
@@ -60,7 +72,7 @@ class CalibratedLinears:
     Args:
         layers: dotted name of each linear -> the `Linear4bit` to put in its place.
         error: dotted name -> what part of the mean square of the layer's output the rounding changes, on the
-            calibration inputs.
+            calibration inputs; for an asymmetric method, of the output that it aims at.
         plain: dotted name -> why it can't be calibrated. These are not in `layers`; round them plainly.
     """
 
@@ -153,15 +165,20 @@ def _quantize_stack(
     if not touched:
         return
     stream = BlockStream.open(model, stack[touched[0] : touched[-1] + 1], batches)
+    original = stream.fork() if method.asymmetric else None
     for block in tqdm(stack[touched[0] : touched[-1] + 1], desc="Calibrating blocks", unit="block", delay=2):
         if names[block.name]:
-            stream.advance(block, _quantize_block(stream, block, names[block.name], settings, method, result))
+            quantized = _quantize_block(stream, original, block, names[block.name], settings, method, result)
+            stream.advance(block, quantized)
         else:
             stream.advance(block)
+        if original is not None:
+            original.advance(block)
 
 
 def _quantize_block(
     stream: BlockStream,
+    original_stream: BlockStream | None,
     block: Block,
     names: Sequence[str],
     settings: QuantizationSettings,
@@ -172,10 +189,16 @@ def _quantize_block(
     quantized = copy.deepcopy(block.module)
     start = f"{block.name}."
     for group in linears_by_input(stream, block, quantized, [name.removeprefix(start) for name in names]):
-        moment = second_moment(stream.inputs_of(block, quantized, quantized.get_submodule(group[0])))
+        originals = None
+        if original_stream is not None:
+            originals = original_stream.inputs_of(block, block.module, block.module.get_submodule(group[0]))
+        inputs = stream.inputs_of(block, quantized, quantized.get_submodule(group[0]))
+        moment, cross = input_moments(inputs, originals, stream.token_counts())
         for name in group:
             linear, original = quantized.get_submodule(name), block.module.get_submodule(name)
             weight = linear_weight(original).float().contiguous()
+            if cross is not None:
+                weight = asymmetric_target(weight, damped(moment, method.damping), cross - moment)
             rounded = quantize_weight(weight, moment, settings, method, linear_weight(original).dtype)
             values = rounded.values(settings)
             result.layers[start + name] = pack_linear(rounded, original, settings)
@@ -184,17 +207,32 @@ def _quantize_block(
     return quantized
 
 
-def second_moment(inputs: Iterable[Tensor]) -> Tensor:
-    """The mean of x x^T over all tokens of all batches [tokens, in]: float32 [in, in]."""
-    total, count = None, 0
-    for batch in inputs:
-        rows = batch.float()
-        product = rows.t() @ rows
-        total = product if total is None else total.add_(product)
-        count += len(rows)
-    if total is None:
+def input_moments(
+    inputs: Iterable[Tensor], originals: Iterable[Tensor] | None, tokens: Sequence[int]
+) -> tuple[Tensor, Tensor | None]:
+    """The means of x x^T and of y x^T over all tokens of all batches, float32 [in, in] each.
+
+    Args:
+        inputs: x of each batch, [tokens, in].
+        originals: y of each batch, what the layer gets in place of x in the original model; `None`: there is no second
+            mean. Nor is there for a layer that does not see every token (an expert): the original may route others.
+        tokens: how many tokens each batch has.
+    """
+    moment, cross, count, paired = None, None, 0, originals is not None
+    for batch, original, expected in zip(inputs, originals or repeat(None), tokens, strict=False):
+        if len(batch):
+            moment = _add(moment, batch.float().t() @ batch.float())
+            count += len(batch)
+        paired = paired and original is not None and len(batch) == len(original) == expected
+        if paired and original is not None:
+            cross = _add(cross, original.float().t() @ batch.float())
+    if moment is None:
         raise ValueError("the layer did not run on any calibration batch")
-    return total / count
+    return moment / count, cross / count if paired and cross is not None else None
+
+
+def _add(total: Tensor | None, product: Tensor) -> Tensor:
+    return product if total is None else total.add_(product)
 
 
 def linear_weight(linear: nn.Module) -> Tensor:

@@ -26,6 +26,22 @@ def damped(second_moment: Tensor, damping: float) -> Tensor:
     return second_moment + torch.diag(torch.full_like(second_moment.diagonal(), float(damping * mean)))
 
 
+def asymmetric_target(weight: Tensor, second_moment: Tensor, difference: Tensor) -> Tensor:
+    """The weight that, on the inputs x of the quantized model, comes closest to what W gives on the original ones y.
+
+    W + W (C - H) H^-1 with C the mean of y x^T: least squares for |W y - Q x|^2, by the damping drawn towards W. To
+    round it under H is to minimise that distance, since |W y - Q x|^2 = |(target - Q) x|^2 + what no Q changes. The
+    objective of GPTAQ (Li et al. 2025, arXiv:2504.02692), solved before rounding instead of within.
+
+    Args:
+        weight: W, [out, in], float32.
+        second_moment: H, damped, [in, in], float32, positive definite.
+        difference: C - H of the undamped H, [in, in].
+    """
+    correction = torch.cholesky_solve((weight @ difference).t(), torch.linalg.cholesky(second_moment))
+    return weight + correction.t()
+
+
 def uncorrectable(second_moment: Tensor) -> Tensor:
     """1 / diag(H^-1), [in]: what a unit error in a column costs once all other columns have made up for it.
 

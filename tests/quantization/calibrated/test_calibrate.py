@@ -15,6 +15,7 @@ from adaptq_peft.quantization.calibrated import (
     resolve_calibration_method,
 )
 from adaptq_peft.quantization.calibrated.block_stream import BlockStream, linears_by_input
+from adaptq_peft.quantization.calibrated.calibrate import input_moments
 from adaptq_peft.quantization.settings import QuantizationSettings
 from adaptq_peft.selection import find_blocks
 from adaptq_peft.selection.calibration import calibration_batches
@@ -103,6 +104,53 @@ def test_layers_see_the_inputs_that_the_quantized_ones_before_give(make_model, s
     assert result.error[name] == pytest.approx(float(expected), rel=1e-3)
 
 
+def test_asymmetric_rounding_makes_up_for_what_was_rounded_before(make_model, samples):
+    model = wide(make_model, "llama")
+    blocks, batches = find_blocks(model), batches_for(model, samples)
+    chosen = linears_of(blocks[:3])
+    distances = {}
+    for name in ("descent", "asymmetric"):
+        result = quantize_calibrated(model, blocks, chosen, NF4, batches, CALIBRATION_METHODS[name])
+        distances[name] = distance(model, put_in(model, result.layers), batches)
+    assert distances["asymmetric"] < 0.9 * distances["descent"]
+
+
+def test_layers_before_which_nothing_is_rounded_are_not_asymmetric(make_model, samples):
+    model = wide(make_model, "llama")
+    blocks, batches = find_blocks(model), batches_for(model, samples)
+    chosen = {f"{blocks[1].name}.self_attn.q_proj": blocks[1].module.self_attn.q_proj}
+    codes = [
+        next(iter(quantize_calibrated(model, blocks, chosen, NF4, batches, CALIBRATION_METHODS[name]).layers.values()))
+        for name in ("descent", "asymmetric")
+    ]
+    assert torch.equal(codes[0].weight.data, codes[1].weight.data)
+
+
+class TestInputMoments:
+    def rows(self, *counts):
+        generator = torch.Generator().manual_seed(1)
+        return [torch.randn(count, 8, generator=generator) for count in counts]
+
+    def test_means_over_all_tokens(self):
+        inputs = self.rows(5, 3)
+        originals = [batch.square() for batch in inputs]
+        moment, cross = input_moments(iter(inputs), iter(originals), [5, 3])
+        x, y = torch.cat(inputs), torch.cat(originals)
+        torch.testing.assert_close(moment, x.t() @ x / 8)
+        torch.testing.assert_close(cross, y.t() @ x / 8)
+
+    def test_without_originals_there_is_one(self):
+        assert input_moments(self.rows(5, 3), None, [5, 3])[1] is None
+
+    @pytest.mark.parametrize(("counts", "others"), [((5, 2), (5, 2)), ((5, 3), (5, 2)), ((5, 0), (5, 3))])
+    def test_tokens_that_are_routed_are_not_paired(self, counts, others):
+        inputs = self.rows(*counts)
+        moment, cross = input_moments(inputs, self.rows(*others), [5, 3])
+        x = torch.cat(inputs)
+        torch.testing.assert_close(moment, x.t() @ x / len(x))
+        assert cross is None
+
+
 def test_padding_is_no_evidence(make_model, samples):
     model = wide(make_model, "llama")
     blocks, chosen = find_blocks(model), linears_of(find_blocks(model)[:1])
@@ -175,5 +223,5 @@ def test_bad_input_is_named(make_model, samples):
 
 
 def test_auto_is_the_best_method():
-    assert resolve_calibration_method("auto") is CALIBRATION_METHODS["descent"]
+    assert resolve_calibration_method("auto") is CALIBRATION_METHODS["asymmetric"]
     assert resolve_calibration_method("gptq") is CALIBRATION_METHODS["gptq"]

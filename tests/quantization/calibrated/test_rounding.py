@@ -6,6 +6,7 @@ import torch
 from adaptq_peft.quantization.calibrated import rounding
 from adaptq_peft.quantization.calibrated.grid import expand, get_grid, largest_absmax
 from adaptq_peft.quantization.calibrated.rounding import (
+    asymmetric_target,
     damped,
     descend_by_coordinates,
     round_to_nearest,
@@ -112,3 +113,21 @@ def test_diagonal_moment_means_round_to_nearest():
 @pytest.mark.parametrize("moment", [torch.zeros(64, 64), torch.ones(64, 64), torch.diag(torch.eye(64)[3])])
 def test_damping_makes_any_moment_positive_definite(moment):
     torch.linalg.cholesky(damped(moment, 0.01))
+
+
+def test_the_asymmetric_target_is_the_ridge_regression_of_the_original_outputs():
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(6, 16, generator=generator, dtype=torch.float64)
+    x = torch.randn(200, 16, generator=generator, dtype=torch.float64)
+    y = x + 0.3 * torch.randn(200, 16, generator=generator, dtype=torch.float64)
+    moment, cross = x.t() @ x / 200, y.t() @ x / 200
+    target = asymmetric_target(weight, moment + 0.1 * torch.eye(16), cross - moment)
+    # |W y - T x|^2 / 200 + 0.1 |T - W|^2 as one least squares problem
+    root = (0.1 * 200) ** 0.5 * torch.eye(16, dtype=torch.float64)
+    inputs, outputs = torch.cat([x, root]), torch.cat([y @ weight.t(), root @ weight.t()])
+    torch.testing.assert_close(target, torch.linalg.lstsq(inputs, outputs).solution.t())
+
+
+def test_equal_inputs_have_the_weight_itself_as_target():
+    weight, _, moment = problem()
+    assert torch.equal(asymmetric_target(weight, moment, torch.zeros_like(moment)), weight)
