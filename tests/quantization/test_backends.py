@@ -13,7 +13,7 @@ from adaptq_peft.quantization.backends import check_backend
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nf4", "to nf4 with nested absmax needs bitsandbytes, which is not installed. Run `pip install bitsandbytes`"),
+        ("nf4", "to nf4 with nested absmax needs bitsandbytes, which is not .*Run `pip install bitsandbytes`, or use"),
         ("hqq2", r"to hqq in 2 bits, groups of 64 needs hqq.*Run `pip install \"adaptq_peft\[hqq\]\"`, or use Adapt"),
     ],
 )
@@ -26,7 +26,7 @@ def test_a_missing_package_says_how_to_install_it(name, message, monkeypatch):
 
 def test_a_module_that_is_not_quantized():
     assert not is_quantized(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"Linear is no quantized linear; known backends are \['bitsandbytes', 'hqq'\]"):
+    with pytest.raises(ValueError, match=r"Linear is no quantized linear; known .* \['bitsandbytes', 'hqq'\]"):
         settings_of(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="Embedding is no quantized linear"):
         load_quantized(nn.Embedding(2, 2), {"weight": torch.zeros(2, 2)})
