@@ -324,6 +324,13 @@ def _check_original_weights(config: AdaptQConfig) -> Iterator[str]:
         yield f"original_weights is {config.original_weights!r}; allowed: {list(ORIGINAL_WEIGHTS)}"
     elif config.original_weights == "dequantized" and config.quantization == "none":
         yield 'original_weights "dequantized" rounds adapted blocks, too: it needs a quantization other than "none"'
+    elif config.original_weights == "dequantized" and not any(_check_quantization(config)):
+        settings = resolve_quantization(config.quantization)
+        if settings is not None and not settings.rounds_alike_everywhere:
+            yield (
+                'original_weights "dequantized" rounds adapted blocks, too, at each load, and '
+                f'{settings.describe()} depends on the machine; use bitsandbytes, such as quantization "nf4"'
+            )
 
 
 def _check_scaling(config: AdaptQConfig) -> Iterator[str]:
