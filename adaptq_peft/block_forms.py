@@ -19,7 +19,7 @@ from .quantization import (
     LeaveReasons,
     OriginalWeights,
     QuantizationSettings,
-    check_bitsandbytes,
+    check_backend,
     dequantize_linear,
     fused_experts,
     is_quantized,
@@ -113,7 +113,7 @@ class BlockForms:
         self._quantized_copies: list[tuple[AdaptQLayer, nn.Module]] = []
         reasons = None
         if wishes.settings is not None:
-            check_bitsandbytes()
+            check_backend(wishes.settings)
         if wishes.settings is not None or wishes.corrected_rank:
             reasons = LeaveReasons(model, wishes.settings, wishes.is_excluded)
         for block in tqdm(blocks, desc="Preparing blocks", unit="block", delay=2):

@@ -62,7 +62,9 @@ def plan(
     optimizer: Annotated[str, typer.Option(help="Optimizer that --budget counts, as transformers names it.")] = (
         "adamw_torch"
     ),
-    quantization: Annotated[str, typer.Option(help="Of the frozen blocks: nf4, fp4, int8 or none.")] = "nf4",
+    quantization: Annotated[
+        str, typer.Option(help="Of the frozen blocks: nf4, fp4, int8, hqq4, hqq3, hqq2 or none.")
+    ] = "nf4",
     delta_dtype: Annotated[str, typer.Option(help="Of what is trained, in all methods.")] = "float32",
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA and QLoRA.")] = 16,
     galore_rank: Annotated[int, typer.Option(min=1, help="Rank of galore_adamw.")] = 128,

@@ -28,11 +28,11 @@ def show_memory_plan(console: Console, model: str, plan: MemoryPlan) -> None:
         table.add_row(f"{optimizer}: states", *(_gib(method.optimizer_states[optimizer]) for method in methods))
         table.add_row("  in all", *(f"[bold]{_gib(method.training(optimizer))}[/]" for method in methods))
     console.print(table)
+    split = f", {_gib(plan.peak_presplit)} if it is loaded split (adaptq_bnb_config)" if plan.peak_presplit else ""
     console.print(
         f"Linears of the blocks against {plan.dtype}: {plan.planned_ratio:.4f} planned, {plan.paper_ratio:.4f} by the "
         "paper's (4L+12K)/16L, without scales and deltas.\n"
-        f"Peak while preparing: {_gib(plan.peak_in_memory)} if the model is loaded whole, "
-        f"{_gib(plan.peak_presplit)} if it is loaded split (adaptq_bnb_config).",
+        f"Peak while preparing: {_gib(plan.peak_in_memory)} if the model is loaded whole{split}.",
         highlight=False,
     )
 

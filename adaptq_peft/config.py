@@ -13,11 +13,11 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, HqqConfig
 
 from .artifacts.checkpoint import check_weights_file
 from .artifacts.model_card import CERTIFIED, STAGES, update_model_card
-from .quantization import ORIGINAL_WEIGHTS, QUANTIZATION_NAMES
+from .quantization import ORIGINAL_WEIGHTS, QUANTIZATION_NAMES, resolve_quantization
 from .quantization.calibrated import CALIBRATION_METHODS
 from .registration import ensure_peft_type
 from .selection import ActivationProfile, selection_strategy_names, strategy_needs_general_profile
@@ -76,6 +76,8 @@ class AdaptQConfig(PeftConfig):
             `adaptq profile` wrote; nothing is profiled then.
         quantization: how the linears of the frozen blocks are stored: "nf4" (default), "fp4", "int8", "none", or a
             `transformers.BitsAndBytesConfig`. The names mean bitsandbytes with nested absmax (double quantization).
+            "hqq4", "hqq3", "hqq2" or a `transformers.HqqConfig`: HQQ with groups of 64, 4.5, 3.7 and 2.5 bits a weight
+            with their scales; needs `pip install "adaptq_peft[hqq]"`. Its codes are saved with the adapter.
         quantization_calibration: how the codes of the frozen blocks are chosen. `None` (default): plain rounding.
             "auto", "absmax", "gptq", "descent" or "asymmetric": calibrated on `calibration_data`,
             `general_calibration_data` and text that the model writes itself. The codes are saved with the adapter.
@@ -127,7 +129,7 @@ class AdaptQConfig(PeftConfig):
     calibration_max_length: int = 512
     calibration_batch_size: int = 8
     profile: ActivationProfile | None = None  # or a path, read at once
-    quantization: str | dict | BitsAndBytesConfig = "nf4"
+    quantization: str | dict | BitsAndBytesConfig | HqqConfig = "nf4"
     quantization_calibration: str | None = None
     original_weights: str = "checkpoint"
     delta_scaling: float = 0.25
@@ -166,7 +168,7 @@ class AdaptQConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         if isinstance(self.delta_dtype, torch.dtype):
             self.delta_dtype = str(self.delta_dtype).removeprefix("torch.")
-        if isinstance(self.quantization, BitsAndBytesConfig):
+        if isinstance(self.quantization, (BitsAndBytesConfig, HqqConfig)):
             self.quantization = self.quantization.to_dict()
         if isinstance(self.profile, dict):
             self.profile = ActivationProfile(**self.profile)
@@ -285,11 +287,17 @@ def _check_profile(config: AdaptQConfig) -> Iterator[str]:
 
 
 def _check_quantization(config: AdaptQConfig) -> Iterator[str]:
-    if isinstance(config.quantization, dict) or config.quantization in QUANTIZATION_NAMES:
+    if isinstance(config.quantization, dict):
+        try:
+            resolve_quantization(config.quantization)
+        except ValueError as error:
+            yield str(error)
+        return
+    if config.quantization in QUANTIZATION_NAMES:
         return
     yield (
-        f"quantization is {config.quantization!r}; allowed: {list(QUANTIZATION_NAMES)} or a "
-        "transformers.BitsAndBytesConfig"
+        f"quantization is {config.quantization!r}; allowed: {list(QUANTIZATION_NAMES)}, a "
+        "transformers.BitsAndBytesConfig or a transformers.HqqConfig"
     )
 
 
@@ -297,8 +305,18 @@ def _check_quantization_calibration(config: AdaptQConfig) -> Iterator[str]:
     method, allowed = config.quantization_calibration, ["auto", *CALIBRATION_METHODS]
     if method is not None and method not in allowed:
         yield f"quantization_calibration is {method!r}; allowed: None or one of {allowed}"
-    elif method is not None and config.quantization in ("none", "int8"):
-        yield f"quantization_calibration is {method!r} and needs 4 bits; quantization is {config.quantization!r}"
+    elif method is not None and _is_not_calibrated(config):
+        yield (
+            f"quantization_calibration is {method!r} and needs 4 bits by bitsandbytes; quantization is "
+            f"{config.quantization!r}"
+        )
+
+
+def _is_not_calibrated(config: AdaptQConfig) -> bool:
+    if any(_check_quantization(config)):
+        return False  # said already
+    settings = resolve_quantization(config.quantization)
+    return settings is None or settings.bits != 4 or settings.backend != "bitsandbytes"
 
 
 def _check_original_weights(config: AdaptQConfig) -> Iterator[str]:
@@ -306,6 +324,13 @@ def _check_original_weights(config: AdaptQConfig) -> Iterator[str]:
         yield f"original_weights is {config.original_weights!r}; allowed: {list(ORIGINAL_WEIGHTS)}"
     elif config.original_weights == "dequantized" and config.quantization == "none":
         yield 'original_weights "dequantized" rounds adapted blocks, too: it needs a quantization other than "none"'
+    elif config.original_weights == "dequantized" and not any(_check_quantization(config)):
+        settings = resolve_quantization(config.quantization)
+        if settings is not None and not settings.rounds_alike_everywhere:
+            yield (
+                'original_weights "dequantized" rounds adapted blocks, too, at each load, and '
+                f'{settings.describe()} depends on the machine; use bitsandbytes, such as quantization "nf4"'
+            )
 
 
 def _check_scaling(config: AdaptQConfig) -> Iterator[str]:

@@ -15,7 +15,7 @@ from .config import AdaptQConfig
 from .delta_linear import add_deltas, delta_linear
 from .low_rank import add_correction, make_factors
 from .quantization import dequantize_linear, is_quantized, origin_of
-from .quantization.bitsandbytes_backend import linear_from_tensors
+from .quantization.origin import linear_from_tensors
 
 #: Layers of which PEFT knows the number of inputs and outputs.
 _WITH_FEATURES = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)

@@ -62,6 +62,8 @@ def adaptq_bnb_config(
     settings = resolve_quantization(adapter_config.quantization)
     if settings is None:
         raise ValueError(f'quantization is "none", so no block is quantized; {_LOAD_PLAIN}')
+    if settings.backend != "bitsandbytes":
+        raise ValueError(f"only bitsandbytes quantizes while loading, not {settings.describe()}; {_LOAD_PLAIN}")
     skeleton = _skeleton(adapter_config.base_model_name_or_path if model is None else model)
     frozen = _frozen_blocks(skeleton, adapter_config)
     prefix = getattr(skeleton, "base_model_prefix", "")

@@ -18,6 +18,7 @@ from .artifacts.quantized_blocks import (
     expect_quantized_tensors,
     load_quantized_tensors,
     quantized_tensors,
+    saves_quantized,
     split_quantized,
 )
 from .artifacts.unloading import (
@@ -95,7 +96,7 @@ class AdaptQTuner(BaseTuner):
                 self._update_nested_layers(model, adapter_name, config)
             for name, factors in forms.repairs.items():
                 cast(AdaptQLayer, model.get_submodule(name)).set_correction(adapter_name, *factors)
-        if config.base_fingerprint is not None and config.quantization_calibration is not None:
+        if config.base_fingerprint is not None and saves_quantized(config):
             expect_quantized_tensors(model, adapter_name)
         config.base_fingerprint = fingerprint or config.base_fingerprint
         self._finish(model, config, plan, forms.report)
@@ -208,7 +209,7 @@ class AdaptQTuner(BaseTuner):
         found = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         own, _ = split_quantized(found)
         own = {name: tensor for name, tensor in own.items() if ".adaptq_merged." not in name}
-        if cast(AdaptQConfig, config).quantization_calibration is not None:
+        if saves_quantized(cast(AdaptQConfig, config)):
             own |= quantized_tensors(model, adapter_name)
         return own
 

@@ -48,7 +48,7 @@ def test_a_loader_that_leaves_the_codes_out_is_noticed(llama, samples, batch, tm
     base = copy.deepcopy(llama)
     get_peft_model(llama, config(samples)).save_pretrained(tmp_path)
     base.load_adapter(str(tmp_path))  # transformers' own
-    with pytest.raises(RuntimeError, match="The calibrated weights of this adapter's frozen blocks were not loaded"):
+    with pytest.raises(RuntimeError, match="The saved quantized weights of this adapter's frozen blocks were not"):
         logits(base, batch)
 
 
@@ -76,7 +76,7 @@ def test_another_adapter_with_other_codes_is_refused(model, samples, batch, tmp_
     both = PeftModel.from_pretrained(base, tmp_path / "first", adapter_name="first")
     expected = logits(both, batch)
     with pytest.raises(
-        ValueError, match=r"Another adapter on this model sees \d+ of the calibrated layers with other weights, the"
+        ValueError, match=r"Another adapter on this model sees \d+ of the quantized layers with other weights, the"
     ):
         both.load_adapter(tmp_path / "second", adapter_name="second")
     assert torch.equal(logits(both, batch), expected)
@@ -102,7 +102,7 @@ def test_a_missing_layer_in_the_file(llama, samples, tmp_path):
     file = tmp_path / "adapter_model.safetensors"
     tensors = {name: tensor for name, tensor in load_file(file).items() if "layers.0.mlp.up_proj.adaptq" not in name}
     save_file(tensors, file)
-    with pytest.raises(ValueError, match=r"has 13 calibrated layers, and the model 14 quantized ones: missing \['mod"):
+    with pytest.raises(ValueError, match=r"has 13 quantized layers, and the model 14 of them: missing \['model"):
         PeftModel.from_pretrained(base, tmp_path)
 
 

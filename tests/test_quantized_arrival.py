@@ -163,7 +163,21 @@ def test_merged_into_a_plain_model(checkpoint, batch, tmp_path, frozen):
 def test_other_quantization_methods_are_refused(llama):
     llama.hf_quantizer = object()
     llama.config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    with pytest.raises(ValueError, match="the model arrived quantized by 'gptq'; allowed: bitsandbytes"):
+    with pytest.raises(
+        ValueError,
+        match=r"arrived quantized by 'gptq'; allowed: bitsandbytes, or a .*Load the 16-bit checkpoint that it was",
+    ):
+        get_peft_model(llama, config())
+
+
+def test_layers_of_another_quantizer_are_not_overlooked(llama):
+    class TorchLinear(nn.Module):
+        __module__ = "gptqmodel.nn_modules.qlinear.torch"
+
+    llama.model.layers[0].mlp.up_proj = TorchLinear()
+    with pytest.raises(
+        ValueError, match=r"arrived quantized by 'gptqmodel' \(model\.layers\.0\.mlp\.up_proj is a TorchLinear\); all"
+    ):
         get_peft_model(llama, config())
 
 

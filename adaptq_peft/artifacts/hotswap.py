@@ -143,7 +143,7 @@ def _match(
 
 
 def _check_same_codes(here: dict[str, Any], found: dict[str, Any]) -> None:
-    """Compare the quantized weights of calibrated adapters: those of the model stay."""
+    """Compare the quantized weights in the adapters' files, if they have any: those of the model stay."""
     different = [
         name
         for name, tensors in found.items()
@@ -151,7 +151,7 @@ def _check_same_codes(here: dict[str, Any], found: dict[str, Any]) -> None:
     ]
     if different:
         raise ValueError(
-            f"Frozen blocks of the new adapter were calibrated to other codes: {len(different)} layers differ, the "
+            f"Frozen blocks of the new adapter have other codes: {len(different)} layers differ, the "
             f"first is {different[0]}. Load it into a base model of its own."
         )
 

@@ -26,6 +26,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from .. import __version__
+from ..quantization import resolve_quantization
 
 CARD_NAME = "README.md"
 BEGIN, END = "<!-- adaptq_peft: begin -->", "<!-- adaptq_peft: end -->"
@@ -235,7 +236,11 @@ def _quantization(quantization: Any) -> str:
             "fp4": "4 bits, FP4, nested absmax",
             "int8": "8 bits, LLM.int8()",
         }
-        return f"linears in {names[quantization]} (bitsandbytes)" if quantization in names else "not quantized"
+        if quantization in names:
+            return f"linears in {names[quantization]} (bitsandbytes)"
+    if not isinstance(quantization, Mapping) or quantization.get("quant_method") == "hqq":
+        hqq = resolve_quantization(quantization)
+        return "not quantized" if hqq is None else f"linears by {hqq.describe()}; codes in the adapter file"
     kind = "load_in_4bit" if quantization.get("load_in_4bit") else "load_in_8bit"
     prefix = "bnb_4bit_" if kind == "load_in_4bit" else "llm_int8_"
     settings = [f"{key}={value}" for key, value in sorted(quantization.items()) if key.startswith(prefix)]

@@ -1,7 +1,8 @@
-"""The quantized weights of frozen blocks in an adapter's file, where calibration chose them.
+"""The quantized weights of frozen blocks in an adapter's file, where a load would not make the same ones again.
 
-Plain rounding gives the same codes at each load. Calibrated codes depend on text, so they are saved with the deltas:
-`<layer>.adaptq_frozen.<tensor>`, the tensors as bitsandbytes' own state dict of the layer has them.
+Plain rounding by bitsandbytes gives the same codes at each load. Calibrated codes depend on text, and HQQ's on the
+machine, so they are saved with the deltas: `<layer>.adaptq_frozen.<tensor>`, the tensors as the layer's own state dict
+has them.
 """
 
 from __future__ import annotations
@@ -16,14 +17,20 @@ from torch import nn
 from ..config import AdaptQConfig
 from ..layer import AdaptQLayer
 from ..module_names import base_name, is_inside_a_wrapper
-from ..quantization import is_quantized, load_quantized, origin_of
+from ..quantization import is_quantized, load_quantized, origin_of, resolve_quantization
 
 PREFIX = "base_model.model."
 _KEY = ".adaptq_frozen."
 
 
+def saves_quantized(config: AdaptQConfig) -> bool:
+    """Whether the file of an adapter holds the quantized weights of its frozen blocks."""
+    settings = resolve_quantization(config.quantization)
+    return config.quantization_calibration is not None or not (settings is None or settings.rounds_alike_everywhere)
+
+
 def quantized_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
-    """What the file of a calibrated adapter holds of the quantized linears that it sees.
+    """What the file of an adapter holds of the quantized linears that it sees, if it `saves_quantized`.
 
     Args:
         model: the model with the adapter.
@@ -64,20 +71,20 @@ def load_quantized_tensors(
         ValueError: if layers are missing or extra, or another adapter on the model sees one of them with other
             weights. Nothing is changed then.
     """
-    if not found and config.quantization_calibration is None:
+    if not found and not saves_quantized(config):
         return
     layers = dict(_quantized_layers(model, adapter_name))
     missing, extra = sorted(layers.keys() - found.keys()), sorted(found.keys() - layers.keys())
     if missing or extra:
         raise ValueError(
-            f"The adapter file has {len(found)} calibrated layers, and the model {len(layers)} quantized ones: "
+            f"The adapter file has {len(found)} quantized layers, and the model {len(layers)} of them: "
             f"missing {missing[:3]}, extra {extra[:3]}. Use the file and the config that were saved together."
         )
     shared = [name for name in found if _others_see(model, name, adapter_name)]
     different = [name for name in shared if not _same(layers[name], found[name])]
     if different:
         raise ValueError(
-            f"Another adapter on this model sees {len(different)} of the calibrated layers with other weights, the "
+            f"Another adapter on this model sees {len(different)} of the quantized layers with other weights, the "
             f"first is {different[0]}. Load the adapter into a base model of its own."
         )
     for name, tensors in found.items():
@@ -88,9 +95,9 @@ def load_quantized_tensors(
 
 
 def expect_quantized_tensors(model: nn.Module, adapter_name: str) -> None:
-    """Refuse to run the quantized layers of a saved, calibrated adapter until its weights are loaded into them.
+    """Refuse to run the quantized layers of a saved adapter until the weights in its file are loaded into them.
 
-    A loader that does not ask the tuner, as transformers' own, would leave the codes of plain rounding there.
+    A loader that does not ask the tuner, as transformers' own, would leave the codes there that were made at loading.
     """
     for name, layer in _quantized_layers(model, adapter_name):
         if _others_see(model, name, adapter_name):
@@ -100,8 +107,8 @@ def expect_quantized_tensors(model: nn.Module, adapter_name: str) -> None:
 
 def _refuse(layer: nn.Module, args: Any) -> None:
     raise RuntimeError(
-        "The calibrated weights of this adapter's frozen blocks were not loaded. Load it by PeftModel.from_pretrained "
-        "or model.load_adapter of a PeftModel."
+        "The saved quantized weights of this adapter's frozen blocks were not loaded. Load it by "
+        "PeftModel.from_pretrained or model.load_adapter of a PeftModel."
     )
 
 

@@ -17,8 +17,8 @@ from ..quantization import (
     is_quantized,
     quantization_on_arrival,
     quantize_linear,
+    settings_of,
 )
-from ..quantization.bitsandbytes_backend import settings_of
 
 UNLOADED_FORMS = ("dequantized", "original", "quantized")
 

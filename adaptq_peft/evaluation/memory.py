@@ -51,7 +51,7 @@ def measure_weight_bytes(model: nn.Module, layers_pattern: str | None = None) ->
     Optimizer states, gradients and activations are not weights and are not counted.
 
     Args:
-        model: A plain model or a `PeftModel`, dense or quantized with bitsandbytes.
+        model: A plain model or a `PeftModel`, dense or quantized.
         layers_pattern: Name of the list of blocks where it cannot be found, as in `AdaptQConfig`.
 
     Raises:
@@ -135,9 +135,10 @@ def _adapter_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _quantized_weight_tensors(linear: nn.Module) -> Iterator[Tensor]:
-    """The weight of a bitsandbytes linear: packed codes, then scales and tables, wherever the library keeps them."""
+    """The weight of a quantized linear: packed codes, then scales and tables, wherever the library keeps them."""
     weight = linear.get_parameter("weight")
     yield weight
+    yield from linear.buffers(recurse=False)
     for owner, name in ((weight, "quant_state"), (weight, "CB"), (weight, "SCB"), (linear, "state")):
         yield from _tensors_within(getattr(owner, name, None))
 

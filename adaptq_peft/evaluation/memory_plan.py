@@ -61,7 +61,7 @@ class MemoryPlan:
         peak_in_memory: bytes at the peak of `get_peft_model` on a model loaded in `dtype`: the model, the quantized
             copies and the deltas.
         peak_presplit: bytes at the peak of loading through `adaptq_bnb_config` and `get_peft_model`: the result and
-            the largest weight.
+            the largest weight. `None` where transformers can't load blocks so: `quantization` "hqq2" and the like.
     """
 
     num_blocks: int
@@ -72,7 +72,7 @@ class MemoryPlan:
     paper_ratio: float
     planned_ratio: float
     peak_in_memory: int
-    peak_presplit: int
+    peak_presplit: int | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and dicts, for JSON."""
@@ -116,6 +116,8 @@ def plan_memory(
     }
     methods = {name: _measure(trained, config, galore_rank) for name, trained in models.items()}
     weights = methods["ADAPTQ"].weights
+    settings = resolve_quantization(config.quantization)
+    largest = max(parameter.nbytes for parameter in build_skeleton(model, dtype).parameters())
     return MemoryPlan(
         num_blocks=blocks,
         adapted=adapted,
@@ -125,7 +127,7 @@ def plan_memory(
         paper_ratio=paper_weight_ratio(blocks, len(adapted)),
         planned_ratio=weights.block_linears / unquantized.block_linears,
         peak_in_memory=unquantized.total + weights.quantized_linears + weights.adapters,
-        peak_presplit=weights.total + max(parameter.nbytes for parameter in build_skeleton(model, dtype).parameters()),
+        peak_presplit=weights.total + largest if settings is None or settings.backend == "bitsandbytes" else None,
     )
 
 

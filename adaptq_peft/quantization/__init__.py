@@ -1,19 +1,21 @@
-"""The rest in 4 bits.
+"""The rest in few bits.
 
-Settings, models that arrive quantized, one file a backend, what is left as it is, the way back to original weights.
+Settings, models that arrive quantized, one file a backend and their table, what is left as it is, the way back to
+original weights.
 """
 
 from .arrival import forget_arrival, quantization_on_arrival, skip_when_quantizing
-from .bitsandbytes_backend import (
-    check_bitsandbytes,
+from .backends import (
+    check_backend,
     dequantize_linear,
     is_quantized,
-    keep_gradients_on_cpu,
     load_quantized,
     origin_of,
     quantize_linear,
     quantize_on_meta,
+    settings_of,
 )
+from .bitsandbytes_backend import keep_gradients_on_cpu
 from .leave_reasons import LeaveReasons, fused_experts
 from .original_weights import ORIGINAL_WEIGHTS, OriginalWeights
 from .settings import QUANTIZATION_NAMES, QuantizationSettings, resolve_quantization
@@ -24,7 +26,7 @@ __all__ = [
     "LeaveReasons",
     "OriginalWeights",
     "QuantizationSettings",
-    "check_bitsandbytes",
+    "check_backend",
     "dequantize_linear",
     "forget_arrival",
     "fused_experts",
@@ -36,5 +38,6 @@ __all__ = [
     "quantize_linear",
     "quantize_on_meta",
     "resolve_quantization",
+    "settings_of",
     "skip_when_quantizing",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -12,87 +11,28 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .origin import Origin
 from .settings import QuantizationSettings
 
 
-def check_bitsandbytes() -> None:
-    """Raise ImportError, with the command that installs it, if bitsandbytes is missing."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(
-            "Quantizing the frozen blocks needs bitsandbytes, which is not installed. Run `pip install bitsandbytes`, "
-            'or use AdaptQConfig(quantization="none").'
-        )
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a quantized linear was before.
+def quantize_weight(weight: torch.Tensor, bias: bool, settings: QuantizationSettings) -> nn.Module:
+    """A `Linear4bit` or `Linear8bitLt` with the codes of a weight, on its device.
 
     Args:
-        linear_class: `nn.Linear` or `Conv1D`.
-        dtype: dtype of its weight.
-        kept: the layer itself, if it was kept. Not a submodule of the quantized one: it does not move with the model.
-        calibrated: whether its codes were chosen by calibration, so that rounding it again gives others.
-    """
-
-    linear_class: type[nn.Module]
-    dtype: torch.dtype
-    kept: nn.Module | None = None
-    calibrated: bool = False
-
-
-def quantize_linear(linear: nn.Module, settings: QuantizationSettings) -> nn.Module:
-    """A bitsandbytes layer with the weights of a linear layer, on the same device. The input is left as it is.
-
-    Args:
-        linear: `nn.Linear` with weight [out, in], or `Conv1D` with weight [in, out], which is transposed first.
+        weight: [out, in], floating point, contiguous. On the meta device the layer's tensors have no values.
+        bias: whether the layer will have a bias; it is on the meta device.
         settings: how to quantize.
-
-    Returns:
-        `Linear4bit` or `Linear8bitLt`, frozen, in the training mode of `linear`; its bias is that of `linear`.
-
-    Raises:
-        ValueError: if the weight is on the meta device or not a floating point tensor.
     """
-    weight: torch.Tensor = linear.weight.data  # type: ignore[assignment]
-    if weight.device.type == "meta":
-        raise ValueError(
-            "its weight is on the meta device and has no values to quantize. Load the weights first, or use "
-            'quantization="none"'
-        )
-    if not weight.is_floating_point():
-        raise ValueError(f"weight has dtype {weight.dtype}; only floating point weights can be quantized")
-    if isinstance(linear, Conv1D):
-        weight = weight.t()
     build = _linear_4bit if settings.bits == 4 else _linear_8bit
-    quantized = build(weight.contiguous(), linear.bias is not None, settings)
-    # Straight into the dict: with `low_cpu_mem_usage=True`, registering a parameter would send it to the meta device.
-    quantized._parameters["bias"] = linear.bias  # type: ignore[assignment]
-    linear_class = Conv1D if isinstance(linear, Conv1D) else nn.Linear
-    quantized.adaptq_origin = Origin(linear_class, weight.dtype)  # type: ignore[assignment]
-    return quantized.requires_grad_(False).train(linear.training)
-
-
-def quantize_on_meta(linear: nn.Module, settings: QuantizationSettings) -> nn.Module:
-    """What `quantize_linear` makes of a layer on the meta device: tensors of the right shapes, without values.
-
-    Args:
-        linear: `nn.Linear` or `Conv1D` on the meta device; left as it is.
-        settings: how to quantize.
-    """
+    if not weight.is_meta:
+        return build(weight, bias, settings)
     import bitsandbytes as bnb
 
     # bitsandbytes makes its 8-bit table once, where it first quantizes: that must not be the meta device.
     bnb.functional.quantize_blockwise(torch.zeros(1))
-    weight: torch.Tensor = linear.weight.data  # type: ignore[assignment]
-    weight = weight.t().contiguous() if isinstance(linear, Conv1D) else weight
-    build = _linear_4bit if settings.bits == 4 else _linear_8bit
-    quantized: Any = build(weight, linear.bias is not None, settings)
+    quantized: Any = build(weight, bias, settings)
     quantized.weight._quantize(weight.device)
-    quantized._parameters["bias"] = linear.bias
-    linear_class = Conv1D if isinstance(linear, Conv1D) else nn.Linear
-    quantized.adaptq_origin = Origin(linear_class, weight.dtype)
-    return quantized.requires_grad_(False)
+    return quantized
 
 
 def _linear_4bit(weight: torch.Tensor, bias: bool, settings: QuantizationSettings) -> nn.Module:
@@ -114,7 +54,7 @@ def _linear_4bit(weight: torch.Tensor, bias: bool, settings: QuantizationSetting
     return layer
 
 
-def load_quantized(layer: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+def load_tensors(layer: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Give a `Linear4bit` the codes, scales and bias of another one of its shape.
 
     Args:
@@ -157,7 +97,7 @@ def _linear_8bit(weight: torch.Tensor, bias: bool, settings: QuantizationSetting
     return layer
 
 
-def is_quantized(module: nn.Module) -> bool:
+def owns(module: nn.Module) -> bool:
     """Whether a module is a quantized bitsandbytes linear."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return False
@@ -179,11 +119,8 @@ def keep_gradients_on_cpu(module: nn.Module) -> None:
             module.state_dict()  # undoes the repacking, if there was an evaluation pass before
 
 
-def origin_of(quantized: nn.Module) -> Origin:
-    """What a quantized linear was, whether `quantize_linear` made it or transformers did while loading."""
-    origin = getattr(quantized, "adaptq_origin", None)
-    if origin is not None:
-        return origin
+def origin_as_loaded(quantized: nn.Module) -> Origin:
+    """What a linear was that transformers has quantized while loading the model."""
     source: Any = quantized
     state = getattr(source.weight, "quant_state", None)
     linear_class = Conv1D if getattr(quantized, "source_cls", None) is Conv1D else nn.Linear
@@ -205,26 +142,7 @@ def settings_of(quantized: nn.Module) -> QuantizationSettings:
     )
 
 
-def dequantize_linear(quantized: nn.Module) -> nn.Module:
-    """The inverse of `quantize_linear` up to the rounding: a plain layer with the dequantized weights.
-
-    Args:
-        quantized: `Linear4bit` or `Linear8bitLt`.
-    """
+def dequantize_weight(quantized: nn.Module) -> torch.Tensor:
+    """The weight [out, in] of a `Linear4bit` or `Linear8bitLt`: in the dtype that it had, or in float32."""
     source: Any = quantized
-    origin = origin_of(quantized)
-    weight = dequantize_bnb_weight(source.weight, state=getattr(quantized, "state", None)).to(origin.dtype)
-    if origin.linear_class is Conv1D:
-        weight = weight.t().contiguous()
-    return linear_from_tensors(origin.linear_class, weight, source.bias).train(quantized.training)
-
-
-def linear_from_tensors(linear_class: type[nn.Module], weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
-    """A frozen `nn.Linear` with this weight [out, in], or `Conv1D` with this weight [in, out]. The bias is copied."""
-    with torch.device("meta"):
-        linear = linear_class(*weight.shape[::-1])
-    # Straight into the dict: with `low_cpu_mem_usage=True`, registering a parameter would send it to the meta device.
-    linear._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-    copied = None if bias is None else nn.Parameter(bias.detach().to(weight.dtype, copy=True), requires_grad=False)
-    linear._parameters["bias"] = copied
-    return linear
+    return dequantize_bnb_weight(source.weight, state=getattr(quantized, "state", None))

@@ -11,7 +11,11 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from ..direct_reads import weights_read_by
 from ..module_names import base_name, is_of_an_adapter
 from ..selection import Block
+from .backends import misfit
 from .settings import QuantizationSettings
+
+#: What the skip list of a quantization config is called.
+_SKIP_LIST = {"bitsandbytes": "llm_int8_skip_modules", "hqq": "skip_modules"}
 
 
 class LeaveReasons:
@@ -26,7 +30,7 @@ class LeaveReasons:
     def __init__(
         self, model: nn.Module, settings: QuantizationSettings | None, is_excluded: Callable[[str], bool]
     ) -> None:
-        self._skip_modules = [] if settings is None else list(settings.skip_modules)
+        self._settings = settings
         self._is_excluded = is_excluded
         self._use_counts = _parameter_use_counts(model)
         self._kept_in_float32 = _kept_in_float32(model)
@@ -40,8 +44,8 @@ class LeaveReasons:
         """Why the linear with this dotted name is left; `None`: nothing speaks against quantizing it."""
         if self._is_excluded(name):
             return "named in exclude_modules or modules_to_save"
-        if not should_convert_module(name, self._skip_modules):
-            return "named in llm_int8_skip_modules"
+        if self._settings is not None and not should_convert_module(name, list(self._settings.skip_modules)):
+            return f"named in {_SKIP_LIST[self._settings.backend]}"
         if self._kept_in_float32.intersection(name.split(".")):
             return "transformers keeps it in float32, and reads its weight"
         if self._use_counts.get(id(linear.weight), 0) > 1:
@@ -50,7 +54,7 @@ class LeaveReasons:
             return "nn.MultiheadAttention reads its weight directly"
         if name in self._read_directly:
             return f"{self._read_directly[name]} reads its weight directly"
-        return None
+        return None if self._settings is None else misfit(linear, self._settings)
 
 
 def fused_experts(block: Block) -> dict[str, str]:

@@ -6,24 +6,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, HqqConfig
+from transformers.utils.quantization_config import QuantizationMethod
 
-QUANTIZATION_NAMES = ("nf4", "fp4", "int8", "none")
+#: Bits that hqq packs without waste. One bit is worse than no weight at all: see the experiment log.
+HQQ_BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True)
 class QuantizationSettings:
-    """How a linear layer is stored by bitsandbytes.
+    """How a linear layer is stored.
 
     Args:
-        bits: 4 or 8.
-        quant_type: "nf4" or "fp4"; only for 4 bits.
-        nested_absmax: whether the scales are quantized too ("double quantization"): 4.127 bits a weight, not 4.5.
+        bits: 4 or 8; with hqq one of `HQQ_BITS`.
+        quant_type: "nf4" or "fp4"; only for bitsandbytes' 4 bits.
+        nested_absmax: whether the scales are quantized too ("double quantization"): 4.127 bits a weight, not 4.5. Of
+            bitsandbytes' 4 bits, as are the next two.
         compute_dtype: dtype of the matrix product; `None`: that of the first input.
         storage_dtype: dtype of the tensor that holds the packed codes.
-        outlier_threshold: LLM.int8() threshold; only for 8 bits.
+        outlier_threshold: LLM.int8() threshold; only for bitsandbytes' 8 bits.
         skip_modules: names of modules that are left as they are, matched as transformers does: the end of a name, or
             a regular expression for its start.
+        backend: the library, "bitsandbytes" or "hqq".
+        group_size: weights that share a scale and a zero, a multiple of 8; only for hqq.
     """
 
     bits: int
@@ -33,14 +38,27 @@ class QuantizationSettings:
     storage_dtype: torch.dtype = torch.uint8
     outlier_threshold: float = 6.0
     skip_modules: tuple[str, ...] = ()
+    backend: str = "bitsandbytes"
+    group_size: int = 64
 
     def same_codes(self, other: QuantizationSettings) -> bool:
         """Whether both give the same codes and scales for a weight."""
-        keys = ("bits", "quant_type", "nested_absmax") if self.bits == 4 else ("bits",)
+        own = {"hqq": ("group_size",), "bitsandbytes": ("quant_type", "nested_absmax") if self.bits == 4 else ()}
+        keys = ("backend", "bits", *own[self.backend])
         return all(getattr(self, key) == getattr(other, key) for key in keys)
 
+    @property
+    def rounds_alike_everywhere(self) -> bool:
+        """Whether rounding a weight again gives the same codes on any machine.
+
+        HQQ's codes come out of an iteration: they depend on the device, the number of threads and hqq's version.
+        """
+        return self.backend == "bitsandbytes"
+
     def describe(self) -> str:
-        """For messages: "nf4 with nested absmax", "fp4" or "int8"."""
+        """For messages: "nf4 with nested absmax", "int8", "hqq in 2 bits, groups of 64"."""
+        if self.backend == "hqq":
+            return f"hqq in {self.bits} bits, groups of {self.group_size}"
         if self.bits == 8:
             return "int8"
         return f"{self.quant_type} {'with' if self.nested_absmax else 'without'} nested absmax"
@@ -50,19 +68,34 @@ _NAMED: dict[str, QuantizationSettings | None] = {
     "nf4": QuantizationSettings(bits=4, quant_type="nf4"),
     "fp4": QuantizationSettings(bits=4, quant_type="fp4"),
     "int8": QuantizationSettings(bits=8),
+    "hqq4": QuantizationSettings(bits=4, backend="hqq"),
+    "hqq3": QuantizationSettings(bits=3, backend="hqq"),
+    "hqq2": QuantizationSettings(bits=2, backend="hqq"),
     "none": None,
 }
+QUANTIZATION_NAMES = tuple(_NAMED)
 
 
-def resolve_quantization(quantization: str | dict[str, Any] | BitsAndBytesConfig) -> QuantizationSettings | None:
-    """Settings for one of `QUANTIZATION_NAMES`, a `BitsAndBytesConfig` or its dict; `None` for "none".
+def resolve_quantization(
+    quantization: str | dict[str, Any] | BitsAndBytesConfig | HqqConfig,
+) -> QuantizationSettings | None:
+    """Settings for one of `QUANTIZATION_NAMES`, a `BitsAndBytesConfig`, an `HqqConfig` or the dict of one.
+
+    `None` for "none".
 
     Raises:
-        ValueError: if a `BitsAndBytesConfig` asks for neither 4 nor 8 bits.
+        ValueError: if a `BitsAndBytesConfig` asks for neither 4 nor 8 bits, or an `HqqConfig` for what is not
+            supported.
     """
     if isinstance(quantization, str):
         return _NAMED[quantization]
-    config = BitsAndBytesConfig.from_dict(quantization) if isinstance(quantization, dict) else quantization
+    given = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    if given.get("quant_method") in ("hqq", QuantizationMethod.HQQ):
+        return _from_hqq(given)
+    return _from_bitsandbytes(BitsAndBytesConfig.from_dict(given))
+
+
+def _from_bitsandbytes(config: BitsAndBytesConfig) -> QuantizationSettings:
     if not config.load_in_4bit and not config.load_in_8bit:
         raise ValueError(
             "quantization is a BitsAndBytesConfig with load_in_4bit=False and load_in_8bit=False, which quantizes "
@@ -76,4 +109,24 @@ def resolve_quantization(quantization: str | dict[str, Any] | BitsAndBytesConfig
         storage_dtype=config.bnb_4bit_quant_storage,
         outlier_threshold=config.llm_int8_threshold,
         skip_modules=tuple(config.llm_int8_skip_modules or ()),
+    )
+
+
+def _from_hqq(config: dict[str, Any]) -> QuantizationSettings:
+    """Read from the dict, because building an `HqqConfig` needs hqq."""
+    params = config["quant_config"].get("weight_quant_params")
+    if params is None:
+        raise ValueError("quantization is an HqqConfig with a dynamic_config; allowed: one nbits for all layers")
+    if params["nbits"] not in HQQ_BITS:
+        raise ValueError(f"quantization is an HqqConfig with nbits={params['nbits']}; allowed: {list(HQQ_BITS)}")
+    if params["axis"] != 1 or params["group_size"] is None:
+        raise ValueError(
+            f"quantization is an HqqConfig with axis={params['axis']} and group_size={params['group_size']}; allowed: "
+            "axis=1 and a group size"
+        )
+    return QuantizationSettings(
+        bits=params["nbits"],
+        backend="hqq",
+        group_size=params["group_size"],
+        skip_modules=tuple(config["skip_modules"] or ()),
     )

@@ -12,10 +12,21 @@ def test_every_name_resolves():
         "nf4": False,
         "fp4": False,
         "int8": False,
+        "hqq4": False,
+        "hqq3": False,
+        "hqq2": False,
         "none": True,
     }
     assert resolve_quantization("nf4").nested_absmax
     assert resolve_quantization("int8").bits == 8
+    assert [resolve_quantization(name).bits for name in ("hqq4", "hqq3", "hqq2")] == [4, 3, 2]
+
+
+def test_which_settings_give_the_same_codes():
+    names = [name for name in QUANTIZATION_NAMES if name != "none"]
+    for name in names:
+        same = [other for other in names if resolve_quantization(name).same_codes(resolve_quantization(other))]
+        assert same == [name]
 
 
 def test_a_bitsandbytes_config_and_its_dict_mean_the_same():

@@ -116,10 +116,14 @@ def quantize_calibrated(
         method: how to round.
 
     Raises:
-        ValueError: if `settings` is not about 4 bits, there are no batches, or a block can't be run by itself.
+        ValueError: if `settings` is not about 4 bits by bitsandbytes, there are no batches, or a block can't be run
+            by itself.
     """
-    if settings.bits != 4:
-        raise ValueError(f"calibrated quantization writes 4-bit layers, and the settings ask for {settings.bits} bits")
+    if settings.bits != 4 or settings.backend != "bitsandbytes":
+        raise ValueError(
+            "calibrated quantization writes 4-bit layers of bitsandbytes, and the settings ask for "
+            f"{settings.describe()}"
+        )
     if not batches:
         raise ValueError("calibrated quantization needs calibration batches, and there are none")
     result = CalibratedLinears()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bitsandbytes_backend import quantize_linear
+from ..backends import quantize_linear
 from ..settings import QuantizationSettings
 
 GROUP_SIZE = 64

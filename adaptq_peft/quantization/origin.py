@@ -1,0 +1,37 @@
+"""What a quantized linear was before, and plain linears made from tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a quantized linear was before.
+
+    Args:
+        linear_class: `nn.Linear` or `Conv1D`.
+        dtype: dtype of its weight.
+        kept: the layer itself, if it was kept. Not a submodule of the quantized one: it does not move with the model.
+        calibrated: whether its codes were chosen by calibration or read from a file, so that rounding it again may
+            give others.
+    """
+
+    linear_class: type[nn.Module]
+    dtype: torch.dtype
+    kept: nn.Module | None = None
+    calibrated: bool = False
+
+
+def linear_from_tensors(linear_class: type[nn.Module], weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    """A frozen `nn.Linear` with this weight [out, in], or `Conv1D` with this weight [in, out]. The bias is copied."""
+    with torch.device("meta"):
+        linear = linear_class(*weight.shape[::-1])
+    # Straight into the dict: with `low_cpu_mem_usage=True`, registering a parameter would send it to the meta device.
+    linear._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    copied = None if bias is None else nn.Parameter(bias.detach().to(weight.dtype, copy=True), requires_grad=False)
+    linear._parameters["bias"] = copied
+    return linear
