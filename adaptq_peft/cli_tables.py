@@ -8,6 +8,7 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
+from .artifacts.quantized_base import QuantizedBase
 from .evaluation import MemoryPlan, MethodMemory
 from .selection import ActivationProfile
 
@@ -65,6 +66,20 @@ def show_scores(console: Console, profile: ActivationProfile, chosen: Collection
         mark = "[blue]adapted[/]" if block in chosen else "[dim]quantized[/]"
         table.add_row(str(block), *(f"{number:.4f}" for number in numbers), bar, mark)
     console.print(table)
+
+
+def show_quantized_base(console: Console, base: QuantizedBase) -> None:
+    """Print what was written, and how to use it."""
+    about, place = base.description, base.reference.name_or_path
+    calibration = about.calibration
+    kinds = ", ".join(calibration["text"])
+    lines = [
+        f"{len(about.weights)} linears in {about.quant_type}, {base.num_bytes:,} bytes",
+        f"calibrated by {calibration['method']!r} on {calibration['tokens']:,} tokens: {kinds}",
+        *(f"rounded plainly: {name}: {why}" for name, why in about.plain.items()),
+        f'Written to {place}. To use it: AdaptQConfig(quantized_base="{place}")',
+    ]
+    console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
 
 
 def _gib(count: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .artifacts.checkpoint import check_adapter_tensors
+from .artifacts.quantized_base import QuantizedBase, QuantizedBaseReference
 from .artifacts.quantized_blocks import (
     expect_quantized_tensors,
     load_quantized_tensors,
@@ -82,8 +83,10 @@ class AdaptQTuner(BaseTuner):
         config = others.pop(adapter_name)
         with _adapters_off(model):
             plan = make_plan(model, config, others)
+        base = _open_quantized_base(model, config, plan, others)
         calibrate = None if others else _calibration(model, config, plan)
-        forms = BlockForms(model, plan.blocks, _wishes(adapter_name, config, plan, calibrate), list(others))
+        wishes = _wishes(adapter_name, config, plan, calibrate, base)
+        forms = BlockForms(model, plan.blocks, wishes, list(others))
         with self._undo_on_error(model, adapter_name, forms):
             forms.apply()
             fingerprint = fingerprint_base(model, plan.blocks, plan.adapted)
@@ -98,6 +101,11 @@ class AdaptQTuner(BaseTuner):
         if config.base_fingerprint is not None and config.quantization_calibration is not None:
             expect_quantized_tensors(model, adapter_name)
         config.base_fingerprint = fingerprint or config.base_fingerprint
+        if base is not None:
+            config.quantized_base = base.reference
+            forms.report.plain.update(
+                {name: why for name, why in base.description.plain.items() if name in forms.report.swapped}
+            )
         self._finish(model, config, plan, forms.report)
 
     def _update_nested_layers(self, model: nn.Module, adapter_name: str, config: AdaptQConfig) -> None:
@@ -396,6 +404,30 @@ def _calibration(
     return calibrate
 
 
+def _open_quantized_base(
+    model: nn.Module, config: AdaptQConfig, plan: AdapterPlan, others: Mapping[str, AdaptQConfig]
+) -> QuantizedBase | None:
+    """The shared base that the config refers to, checked against the model and the adapters that are on it."""
+    settings = resolve_quantization(plan.quantization)
+    base = None
+    if config.quantized_base is not None and settings is not None:
+        base = QuantizedBase(cast(QuantizedBaseReference, config.quantized_base))
+        base.check(model, plan.blocks, settings)
+    own = None if base is None else base.reference
+    for name, other in others.items():
+        if settings is not None and other.quantization != "none" and other.quantized_base != own:
+            raise ValueError(
+                f"The new adapter has its frozen blocks' codes from {_name_of(own)}, and adapter {name!r} on this "
+                f"model from {_name_of(other.quantized_base)}. Give both the same quantized_base, or put the new one "
+                "on a base model of its own."
+            )
+    return base
+
+
+def _name_of(reference: Any) -> str:
+    return "no quantized base" if reference is None else f"the quantized base {reference.name_or_path!r}"
+
+
 def _is_named(key: str, names: Collection[str]) -> bool:
     return key in names or f"_orig_mod.{key}" in names  # PEFT may ask without torch.compile's prefix
 
@@ -405,6 +437,7 @@ def _wishes(
     config: AdaptQConfig,
     plan: AdapterPlan,
     calibrate: Callable[[dict[str, nn.Module]], CalibratedLinears] | None,
+    base: QuantizedBase | None,
 ) -> Wishes:
     return Wishes(
         adapter_name=adapter_name,
@@ -414,6 +447,7 @@ def _wishes(
         revision=config.revision,
         is_excluded=lambda name: is_excluded(name, config),
         calibrate=calibrate,
+        load_codes=None if base is None else base.load_into,
         corrected_rank=config.frozen_rank,
         is_corrected=lambda name, linear: is_targeted(base_name(name), linear, config),
         repairs=config.frozen_rank_init == "svd" and not config.is_from_file,  # else the values are to be loaded

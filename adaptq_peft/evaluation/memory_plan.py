@@ -200,6 +200,7 @@ def _adaptq_model(model: nn.Module, config: AdaptQConfig) -> tuple[nn.Module, in
         _quantize(model, [block.index for block in blocks if block.index not in adapted], settings, chosen)
     # "dequantized" would round the adapted blocks' weights, which takes values and changes no size.
     chosen.layers_to_transform, chosen.original_weights = list(adapted), "checkpoint"
+    chosen.quantized_base = None  # its codes have the bytes of any others
     return get_peft_model(model, chosen), len(blocks), list(adapted)  # type: ignore[arg-type]
 
 
