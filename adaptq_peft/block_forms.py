@@ -125,6 +125,12 @@ class BlockForms:
         if wishes.calibrate and self.report.swapped:
             self._calibrate(wishes.calibrate)
 
+    @property
+    def has_new_codes(self) -> bool:
+        """Whether linears were quantized that were not before."""
+        new = [layer for layer, quantized in self._quantized_copies if layer.adaptq_frozen is not quantized]
+        return bool(self.report.swapped or new)
+
     def apply(self) -> None:
         """Put the layers into the model."""
         for name, module in self._replacements.items():

@@ -52,7 +52,7 @@ def demo(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="Folder or Hub repository of a checkpoint; only config.json is read.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub repository of a checkpoint; no weights are read.")],
     ratio: Annotated[float, typer.Option(help="Share of the blocks that is adapted.")] = 0.5,
     num_blocks: Annotated[int | None, typer.Option(help="Number of adapted blocks, instead of --ratio.")] = None,
     blocks: Annotated[str | None, typer.Option(help="The adapted blocks themselves, such as 14,15.")] = None,

@@ -17,6 +17,8 @@ def show_memory_plan(console: Console, model: str, plan: MemoryPlan) -> None:
     """Print the bytes of each method, with each optimizer, and what preparing takes."""
     chosen = f"{len(plan.adapted)} of {plan.num_blocks} blocks adapted"
     console.print(f"{model}, {plan.dtype}: {chosen}", soft_wrap=True, markup=False, highlight=False)
+    for line in _checkpoint_lines(plan):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     table = Table(title="Memory for training, without activations", title_justify="left")
     table.add_column("")
     for name in plan.methods:
@@ -36,6 +38,14 @@ def show_memory_plan(console: Console, model: str, plan: MemoryPlan) -> None:
         f"{_gib(plan.peak_presplit)} if it is loaded split (adaptq_bnb_config).",
         highlight=False,
     )
+
+
+def _checkpoint_lines(plan: MemoryPlan) -> list[str]:
+    """What is stored, and each way in which it is not what config.json says."""
+    if plan.checkpoint is None:
+        return ["No safetensors headers at hand: dtype and shapes are those of config.json."]
+    stored = ", ".join(f"{_gib(size)} in {dtype}" for dtype, size in plan.checkpoint.bytes_by_dtype.items())
+    return [f"Stored: {stored}", *(f"Not as in config.json: {text}" for text in plan.checkpoint.mismatches)]
 
 
 def _rows(methods: list[MethodMemory]) -> list[tuple[str, list[str]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.config import PeftConfig
@@ -87,6 +87,7 @@ class AdaptQTuner(BaseTuner):
         calibrate = None if others else _calibration(model, config, plan)
         wishes = _wishes(adapter_name, config, plan, calibrate, base)
         forms = BlockForms(model, plan.blocks, wishes, list(others))
+        _check_calibrated_before(config, others, forms)
         with self._undo_on_error(model, adapter_name, forms):
             forms.apply()
             fingerprint = fingerprint_base(model, plan.blocks, plan.adapted)
@@ -413,19 +414,38 @@ def _open_quantized_base(
     if config.quantized_base is not None and settings is not None:
         base = QuantizedBase(cast(QuantizedBaseReference, config.quantized_base))
         base.check(model, plan.blocks, settings)
-    own = None if base is None else base.reference
+    own = _Codes(None if base is None else base.reference, config.quantization_calibration is not None)
     for name, other in others.items():
-        if settings is not None and other.quantization != "none" and other.quantized_base != own:
+        theirs = _Codes(cast(Any, other.quantized_base), other.quantization_calibration is not None)
+        if settings is not None and other.quantization != "none" and theirs != own:
             raise ValueError(
-                f"The new adapter has its frozen blocks' codes from {_name_of(own)}, and adapter {name!r} on this "
-                f"model from {_name_of(other.quantized_base)}. Give both the same quantized_base, or put the new one "
-                "on a base model of its own."
+                f"The new adapter has its frozen blocks' codes from {own}, and adapter {name!r} on this model from "
+                f"{theirs}. Give both the same quantized_base, or put the new one on a base model of its own."
             )
     return base
 
 
-def _name_of(reference: Any) -> str:
-    return "no quantized base" if reference is None else f"the quantized base {reference.name_or_path!r}"
+class _Codes(NamedTuple):
+    """Where the codes of an adapter's frozen blocks come from."""
+
+    base: QuantizedBaseReference | None
+    calibrated: bool
+
+    def __str__(self) -> str:
+        if self.base is not None:
+            return f"the quantized base {self.base.name_or_path!r}"
+        return "calibration" if self.calibrated else "plain rounding"
+
+
+def _check_calibrated_before(config: AdaptQConfig, others: Mapping[str, AdaptQConfig], forms: BlockForms) -> None:
+    """Calibration needs the original model, and other adapters have changed that."""
+    is_new = config.base_fingerprint is None and config.quantization_calibration is not None
+    if is_new and others and forms.has_new_codes:
+        raise ValueError(
+            f"The new adapter freezes blocks that adapters {list(others)} on this model do not freeze, and they can't "
+            "be calibrated beside them. Give all of them one quantized_base (adaptq quantize-base makes it), or put "
+            "the new one on a base model of its own."
+        )
 
 
 def _is_named(key: str, names: Collection[str]) -> bool:

@@ -96,8 +96,22 @@ def texts(tmp_path):
 def test_plan_prints_tables(checkpoint):
     result = RUNNER.invoke(app, ["plan", checkpoint, "--blocks", "1,3"])
     assert result.exit_code == 0, result.output
+    assert "Stored: 0.001 GiB in float32" in result.output
+    assert "Not as in config.json" not in result.output
     for expected in ("2 of 4 blocks adapted", "ADAPTQ", "QLoRA", "full fine-tuning", "paged_adamw_8bit", "0.6250"):
         assert expected in result.output
+
+
+def test_plan_says_where_the_weights_are_not_those_of_the_config(checkpoint):
+    config = Path(checkpoint) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
+    result = RUNNER.invoke(app, ["plan", checkpoint])
+    assert (
+        "Not as in config.json: 9 stored tensors are none of the model's, the first: model.layers.3" in result.output
+    )
+    (Path(checkpoint) / "model.safetensors").unlink()
+    result = RUNNER.invoke(app, ["plan", checkpoint])
+    assert "No safetensors headers at hand: dtype and shapes are those of config.json." in result.output
 
 
 def test_plan_as_json_is_that_of_the_function(checkpoint):

@@ -196,7 +196,7 @@ class TestSeveralAdapters:
         model = adapted(base, folder)
         expected = logits(model, batch)
         other_base = make_base("other", seed=20)
-        for other, named in ((None, "no quantized base"), (other_base, "the quantized base '.*other'")):
+        for other, named in ((None, "plain rounding"), (other_base, "the quantized base '.*other'")):
             message = rf"codes from {named}, and adapter 'default' on this model from the quantized base '.*zed'\."
             with pytest.raises(ValueError, match=message):
                 model.add_adapter("second", config(other, [0]))
