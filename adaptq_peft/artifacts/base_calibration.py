@@ -66,7 +66,7 @@ def quantize_base(
         The base, opened.
 
     Raises:
-        ValueError: if the model is quantized or has adapters, there are no values, an index is out of range, the
+        ValueError: if the model is quantized, has adapters or is not whole in memory, an index is out of range, the
             quantization or calibration is none of those above, or there is nothing to quantize.
     """
     settings = _settings(quantization)
@@ -76,9 +76,6 @@ def quantize_base(
     linears, left = _linears(model, _chosen(found, blocks), found, settings)
     if not linears:
         raise ValueError(f"there is no linear to quantize in these blocks; left as they are: {left}")
-    fingerprint = fingerprint_base(model, found, ())
-    if fingerprint is None:
-        raise ValueError("the model is on the meta device and has no values to quantize; load its weights first")
     batches = mixed_calibration_batches(model, data, general_data, tokenizer=tokenizer, tokens=tokens)
     result = quantize_calibrated(model, found, linears, settings, batches, method)
     description = BaseDescription(
@@ -89,7 +86,7 @@ def quantize_base(
             "text": _kinds_of_text(model, data, general_data),
             "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches if "attention_mask" in batch),
         },
-        fingerprint=fingerprint,
+        fingerprint=cast("dict[str, Any]", fingerprint_base(model, found, ())),  # not on the meta device
         weights=sample_weights(model, linears.keys()),
         plain=result.plain,
     )
@@ -125,6 +122,11 @@ def _check_original(model: nn.Module, blocks: Sequence[Block]) -> None:
                 raise ValueError(
                     f"{name} is quantized or has an adapter; quantize_base needs the original model, as "
                     "from_pretrained loads it without a quantization_config"
+                )
+            if module.get_parameter("weight").is_meta:
+                raise ValueError(
+                    f"the weight of {name} is not in memory: it is offloaded, or on the meta device; quantize_base "
+                    "needs the whole model"
                 )
 
 

@@ -377,5 +377,5 @@ class TestMaking:
         for model in (adapted(base, folder), adapted(base, None, quantization="none")):
             with pytest.raises(ValueError, match=r"is quantized or has an adapter; quantize_base needs the original"):
                 quantize_base(model, tmp_path / "again")
-        with pytest.raises(ValueError, match="the model is on the meta device and has no values to quantize"):
+        with pytest.raises(ValueError, match="is not in memory: it is offloaded, or on the meta device"):
             quantize_base(copy.deepcopy(base).to("meta"), tmp_path / "again")
