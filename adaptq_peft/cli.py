@@ -149,11 +149,12 @@ def quantize_base(
     calibration: Annotated[str, typer.Option(help="auto, absmax, gptq or descent.")] = "auto",
     data: Annotated[Path | None, typer.Option(help="Texts of the domain: a .txt, .json or .jsonl file.")] = None,
     general: Annotated[Path | None, typer.Option(help="General texts.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of text in all, about.")] = 24_576,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of text in all, about. Default: 24,576.")] = None,
 ) -> None:
     """Calibrate the 4-bit codes of a model's blocks once, for several adapters: AdaptQConfig(quantized_base=...)."""
     from .artifacts.base_calibration import quantize_base as write_base
     from .cli_tables import show_quantized_base
+    from .quantization.calibrated.text import CALIBRATION_TOKENS
     from .skeleton import build_skeleton
 
     try:
@@ -165,7 +166,7 @@ def quantize_base(
             calibration=calibration,
             data=data,
             general_data=general,
-            tokens=tokens,
+            tokens=tokens or CALIBRATION_TOKENS,
         )
     except (OSError, ValueError) as error:
         _fail(str(error), error)
