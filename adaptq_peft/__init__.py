@@ -5,9 +5,11 @@ Importing this package registers `PeftType.ADAPTQ` with PEFT.
 
 __version__ = "0.1.0"
 
+from .artifacts.base_calibration import quantize_base
 from .artifacts.hotswap import hotswap_adapter
 from .artifacts.lora_conversion import convert_to_lora
 from .artifacts.model_card import keep_section_when_cards_are_rewritten, update_model_card
+from .artifacts.quantized_base import QuantizedBaseReference
 from .config import AdaptQConfig
 from .preservation import (
     Anchor,
@@ -35,6 +37,7 @@ __all__ = [
     "ForgettingCallback",
     "ForgettingReport",
     "PreservationCallback",
+    "QuantizedBaseReference",
     "SelectionRequest",
     "adaptq_bnb_config",
     "convert_to_lora",
@@ -42,6 +45,7 @@ __all__ = [
     "hotswap_adapter",
     "measure_forgetting",
     "profile_activations",
+    "quantize_base",
     "register_selection_strategy",
     "update_model_card",
 ]

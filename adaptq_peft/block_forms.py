@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import cast
@@ -62,6 +63,8 @@ class Wishes:
         revision: of the base model's checkpoint.
         is_excluded: whether the user excluded the layer with a dotted name.
         calibrate: makes calibrated layers for linears by their dotted names; `None`: plain rounding.
+        load_codes: puts the codes of a shared base into a quantized linear, given with its dotted name in the base
+            model; `None`: they are made here.
         corrected_rank: rank of the low-rank corrections on linears of frozen blocks. Default 0: there are none.
         is_corrected: whether such a linear, given with its dotted name, gets one. Default: each does.
         repairs: whether corrections repair the quantization from the start. Default `False`.
@@ -74,6 +77,7 @@ class Wishes:
     revision: str | None
     is_excluded: Callable[[str], bool]
     calibrate: Callable[[dict[str, nn.Module]], CalibratedLinears] | None = None
+    load_codes: Callable[[str, nn.Module], None] | None = None
     corrected_rank: int = 0
     is_corrected: Callable[[str, nn.Module], bool] = lambda name, linear: True
     repairs: bool = False
@@ -121,6 +125,12 @@ class BlockForms:
         if wishes.calibrate and self.report.swapped:
             self._calibrate(wishes.calibrate)
 
+    @property
+    def has_new_codes(self) -> bool:
+        """Whether linears were quantized that were not before."""
+        new = [layer for layer, quantized in self._quantized_copies if layer.adaptq_frozen is not quantized]
+        return bool(self.report.swapped or new)
+
     def apply(self) -> None:
         """Put the layers into the model."""
         for name, module in self._replacements.items():
@@ -166,7 +176,7 @@ class BlockForms:
         """The quantized linear, and the original one if it is at hand."""
         linear = module.base_layer if isinstance(module, AdaptQLayer) else module
         if is_quantized(linear):
-            return linear, None
+            return self._with_shared_codes(name, linear), None
         if isinstance(module, AdaptQLayer):
             quantized = module.adaptq_frozen or self._quantize(name, linear, block)
             self._quantized_copies.append((module, quantized))
@@ -176,6 +186,14 @@ class BlockForms:
         only = not self._others
         self._replacements[name] = quantized if only else _both(linear, quantized, [self._wishes.adapter_name])
         return quantized, linear
+
+    def _with_shared_codes(self, name: str, quantized: nn.Module) -> nn.Module:
+        """A linear that is quantized already, as it is; in a model that arrived so, with the shared base's codes."""
+        if self._wishes.load_codes is None or self._others:  # the others have their codes from the same base
+            return quantized
+        self._replacements[name] = copy.deepcopy(quantized)
+        self._wishes.load_codes(base_name(name), self._replacements[name])
+        return self._replacements[name]
 
     def _calibrate(self, calibrate: Callable[[dict[str, nn.Module]], CalibratedLinears]) -> None:
         """Replace the layers that plain rounding has built by calibrated ones."""
@@ -211,6 +229,8 @@ class BlockForms:
                 quantized = quantize_linear(linear, settings)
         except Exception as error:
             raise ValueError(f"quantizing {name} of block {block.index} failed: {error}") from error
+        if self._wishes.load_codes is not None:
+            self._wishes.load_codes(base_name(name), quantized)
         if self._wishes.original_weights == "keep" and not has_offloaded_params(linear):
             quantized.adaptq_origin = replace(origin_of(quantized), kept=linear)  # type: ignore[assignment]
         return quantized

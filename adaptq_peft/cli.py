@@ -52,7 +52,7 @@ def demo(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="Folder or Hub repository of a checkpoint; only config.json is read.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub repository of a checkpoint; no weights are read.")],
     ratio: Annotated[float, typer.Option(help="Share of the blocks that is adapted.")] = 0.5,
     num_blocks: Annotated[int | None, typer.Option(help="Number of adapted blocks, instead of --ratio.")] = None,
     blocks: Annotated[str | None, typer.Option(help="The adapted blocks themselves, such as 14,15.")] = None,
@@ -76,11 +76,10 @@ def plan(
     from .evaluation import largest_num_adapted_blocks, plan_memory
 
     try:
-        given = None if blocks is None else [int(index) for index in blocks.split(",")]
         config = AdaptQConfig(
             selection_ratio=ratio,
             num_adapted_blocks=num_blocks,
-            layers_to_transform=given,
+            layers_to_transform=_indices(blocks),
             quantization=quantization,
             delta_dtype=delta_dtype,
         )
@@ -143,6 +142,39 @@ def profile(
     typer.echo(f'Written to {output}. To use it: AdaptQConfig(profile="{output}", selection_strategy="{strategy}")')
 
 
+@app.command("quantize-base")
+def quantize_base(
+    model: Annotated[str, typer.Argument(help="Folder or Hub repository of a 16-bit checkpoint.")],
+    output: Annotated[Path, typer.Option(help="Folder for quantized_base.safetensors.")],
+    blocks: Annotated[str | None, typer.Option(help="Only these blocks, such as 0,1,2. Default: all.")] = None,
+    quantization: Annotated[str, typer.Option(help="nf4 or fp4.")] = "nf4",
+    calibration: Annotated[str, typer.Option(help="auto, absmax, gptq, descent or asymmetric.")] = "auto",
+    data: Annotated[Path | None, typer.Option(help="Texts of the domain: a .txt, .json or .jsonl file.")] = None,
+    general: Annotated[Path | None, typer.Option(help="General texts.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of text in all, about. Default: 24,576.")] = None,
+) -> None:
+    """Calibrate the 4-bit codes of a model's blocks once, for several adapters: AdaptQConfig(quantized_base=...)."""
+    from .artifacts.base_calibration import quantize_base as write_base
+    from .cli_tables import show_quantized_base
+    from .quantization.calibrated.text import CALIBRATION_TOKENS
+    from .skeleton import build_skeleton
+
+    try:
+        base = write_base(
+            type(build_skeleton(model)).from_pretrained(model),
+            output,
+            blocks=_indices(blocks),
+            quantization=quantization,
+            calibration=calibration,
+            data=data,
+            general_data=general,
+            tokens=tokens or CALIBRATION_TOKENS,
+        )
+    except (OSError, ValueError) as error:
+        _fail(str(error), error)
+    show_quantized_base(Console(), base)
+
+
 class Autoload(str, Enum):
     """What `adaptq autoload` is asked to do."""
 
@@ -165,6 +197,11 @@ def autoload(action: Annotated[Autoload, typer.Argument(help="What to do.")] = A
         _fail(f"{error}. Run it as a user who may write there, or in a virtual environment of your own.", error)
     state = "on" if environment.is_enabled() else "off"
     typer.echo(f"autoload is {state}: {environment.autoload_file()} {'exists' if state == 'on' else 'does not exist'}")
+
+
+def _indices(blocks: str | None) -> list[int] | None:
+    """Block indices from "14,15"."""
+    return None if blocks is None else [int(index) for index in blocks.split(",")]
 
 
 def _fail(message: str, cause: Exception) -> NoReturn:

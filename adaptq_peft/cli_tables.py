@@ -8,6 +8,7 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
+from .artifacts.quantized_base import QuantizedBase
 from .evaluation import MemoryPlan, MethodMemory
 from .selection import ActivationProfile
 
@@ -16,6 +17,8 @@ def show_memory_plan(console: Console, model: str, plan: MemoryPlan) -> None:
     """Print the bytes of each method, with each optimizer, and what preparing takes."""
     chosen = f"{len(plan.adapted)} of {plan.num_blocks} blocks adapted"
     console.print(f"{model}, {plan.dtype}: {chosen}", soft_wrap=True, markup=False, highlight=False)
+    for line in _checkpoint_lines(plan):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     table = Table(title="Memory for training, without activations", title_justify="left")
     table.add_column("")
     for name in plan.methods:
@@ -35,6 +38,14 @@ def show_memory_plan(console: Console, model: str, plan: MemoryPlan) -> None:
         f"Peak while preparing: {_gib(plan.peak_in_memory)} if the model is loaded whole{split}.",
         highlight=False,
     )
+
+
+def _checkpoint_lines(plan: MemoryPlan) -> list[str]:
+    """What is stored, and each way in which it is not what config.json says."""
+    if plan.checkpoint is None:
+        return ["No safetensors headers at hand: dtype and shapes are those of config.json."]
+    stored = ", ".join(f"{_gib(size)} in {dtype}" for dtype, size in plan.checkpoint.bytes_by_dtype.items())
+    return [f"Stored: {stored}", *(f"Not as in config.json: {text}" for text in plan.checkpoint.mismatches)]
 
 
 def _rows(methods: list[MethodMemory]) -> list[tuple[str, list[str]]]:
@@ -65,6 +76,20 @@ def show_scores(console: Console, profile: ActivationProfile, chosen: Collection
         mark = "[blue]adapted[/]" if block in chosen else "[dim]quantized[/]"
         table.add_row(str(block), *(f"{number:.4f}" for number in numbers), bar, mark)
     console.print(table)
+
+
+def show_quantized_base(console: Console, base: QuantizedBase) -> None:
+    """Print what was written, and how to use it."""
+    about, place = base.description, base.reference.name_or_path
+    calibration = about.calibration
+    kinds = ", ".join(calibration["text"])
+    lines = [
+        f"{len(about.weights)} linears in {about.quant_type}, {base.num_bytes:,} bytes",
+        f"calibrated by {calibration['method']!r} on {calibration['tokens']:,} tokens: {kinds}",
+        *(f"rounded plainly: {name}: {why}" for name, why in about.plain.items()),
+        f'Written to {place}. To use it: AdaptQConfig(quantized_base="{place}")',
+    ]
+    console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
 
 
 def _gib(count: int) -> str:

@@ -17,6 +17,7 @@ from transformers import BitsAndBytesConfig, HqqConfig
 
 from .artifacts.checkpoint import check_weights_file
 from .artifacts.model_card import CERTIFIED, STAGES, update_model_card
+from .artifacts.quantized_base import QuantizedBaseReference
 from .quantization import ORIGINAL_WEIGHTS, QUANTIZATION_NAMES, resolve_quantization
 from .quantization.calibrated import CALIBRATION_METHODS
 from .registration import ensure_peft_type
@@ -81,6 +82,10 @@ class AdaptQConfig(PeftConfig):
         quantization_calibration: how the codes of the frozen blocks are chosen. `None` (default): plain rounding.
             "auto", "absmax", "gptq", "descent" or "asymmetric": calibrated on `calibration_data`,
             `general_calibration_data` and text that the model writes itself. The codes are saved with the adapter.
+        quantized_base: folder or Hub repository of calibrated codes that several adapters share, as `quantize_base` or
+            `adaptq quantize-base` writes it; the linears of the frozen blocks take theirs from there. A
+            `QuantizedBaseReference` names a revision, too. The saved adapter holds the reference, with the file's
+            SHA-256. `None` (default): codes are made here.
         original_weights: where the original weights of a linear come from that is quantized already: because the model
             arrived in 4 bits, another adapter on it has frozen that block, or `unload()` takes all adapters off.
             "checkpoint" (default): the safetensors checkpoint of the model, local or in the Hub's cache, tensor by
@@ -131,6 +136,7 @@ class AdaptQConfig(PeftConfig):
     profile: ActivationProfile | None = None  # or a path, read at once
     quantization: str | dict | BitsAndBytesConfig | HqqConfig = "nf4"
     quantization_calibration: str | None = None
+    quantized_base: QuantizedBaseReference | str | dict | None = None
     original_weights: str = "checkpoint"
     delta_scaling: float = 0.25
     delta_dtype: str | None = None
@@ -170,6 +176,10 @@ class AdaptQConfig(PeftConfig):
             self.delta_dtype = str(self.delta_dtype).removeprefix("torch.")
         if isinstance(self.quantization, (BitsAndBytesConfig, HqqConfig)):
             self.quantization = self.quantization.to_dict()
+        if isinstance(self.quantized_base, (str, os.PathLike)):
+            self.quantized_base = QuantizedBaseReference(os.fspath(self.quantized_base))
+        if isinstance(self.quantized_base, dict):
+            self.quantized_base = QuantizedBaseReference(**self.quantized_base)
         if isinstance(self.profile, dict):
             self.profile = ActivationProfile(**self.profile)
         if isinstance(self.profile, (str, os.PathLike)):
@@ -319,6 +329,22 @@ def _is_not_calibrated(config: AdaptQConfig) -> bool:
     return settings is None or settings.bits != 4 or settings.backend != "bitsandbytes"
 
 
+def _check_quantized_base(config: AdaptQConfig) -> Iterator[str]:
+    if config.quantized_base is None:
+        return
+    if not isinstance(config.quantized_base, QuantizedBaseReference):
+        yield f"quantized_base is {config.quantized_base!r}; allowed: None, a folder, a Hub repository or a reference"
+    if config.quantization_calibration is not None:
+        yield (
+            f"quantized_base holds calibrated codes, and quantization_calibration is "
+            f"{config.quantization_calibration!r}; leave that out"
+        )
+    if _is_not_calibrated(config):
+        yield f"quantized_base holds 4-bit codes, and quantization is {config.quantization!r}; leave one of them out"
+    if config.original_weights == "dequantized":
+        yield 'quantized_base is for frozen blocks, and original_weights "dequantized" rounds adapted ones; choose one'
+
+
 def _check_original_weights(config: AdaptQConfig) -> Iterator[str]:
     if config.original_weights not in ORIGINAL_WEIGHTS:
         yield f"original_weights is {config.original_weights!r}; allowed: {list(ORIGINAL_WEIGHTS)}"
@@ -410,6 +436,7 @@ _CHECKS = (
     _check_profile,
     _check_quantization,
     _check_quantization_calibration,
+    _check_quantized_base,
     _check_original_weights,
     _check_scaling,
     _check_dtype,

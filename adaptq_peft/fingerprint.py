@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .module_names import base_name
 from .offloading import parameter_value
+from .quantization import is_quantized
 from .selection import Block
 
 MAX_TENSORS = 64
@@ -66,10 +67,38 @@ def fingerprint_base(model: nn.Module, blocks: list[Block], adapted: Collection[
     }
 
 
-def check_base(saved: dict[str, Any], found: dict[str, Any]) -> None:
+def sample_weights(model: nn.Module, linears: Collection[str]) -> dict[str, str]:
+    """Samples, as in a fingerprint, of the weights of linears; those that are quantized on the model are left out.
+
+    Args:
+        model: the base model, or one with adapters on it.
+        linears: their dotted names in the base model.
+    """
+    samples: dict[str, str] = {}
+    for name, full_name in _base_parameters(model):
+        path, _, leaf = full_name.rpartition(".")
+        if leaf != "weight" or name.rpartition(".")[0] not in linears or is_quantized(model.get_submodule(path)):
+            continue
+        if sample := _sample(parameter_value(model, full_name)):
+            samples[name] = sample
+    return samples
+
+
+def check_base(
+    saved: dict[str, Any],
+    found: dict[str, Any],
+    what: str = "adapter",
+    advice: str = "Load the base that it was trained on. For a new adapter on this model make a new AdaptQConfig.",
+) -> None:
     """Compare two fingerprints.
 
     Values must be equal; if the base is loaded in another dtype than before, equal up to the rounding of bfloat16.
+
+    Args:
+        saved: what was saved.
+        found: what the model at hand has.
+        what: what was saved with the fingerprint, for the message.
+        advice: the end of the message.
 
     Raises:
         ValueError: if they are of different bases; the message names both and says what differs.
@@ -77,9 +106,8 @@ def check_base(saved: dict[str, Any], found: dict[str, Any]) -> None:
     difference = _first_difference(saved, found)
     if difference:
         raise ValueError(
-            f"This adapter was made for the base model {_describe(saved)}, and the model here is {_describe(found)}: "
-            f"{difference}. Load the base that it was trained on. For a new adapter on this model make a new "
-            "AdaptQConfig."
+            f"This {what} was made for the base model {_describe(saved)}, and the model here is {_describe(found)}: "
+            f"{difference}. {advice}"
         )
 
 

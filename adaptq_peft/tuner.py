@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.config import PeftConfig
@@ -14,6 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .artifacts.checkpoint import check_adapter_tensors
+from .artifacts.quantized_base import QuantizedBase, QuantizedBaseReference
 from .artifacts.quantized_blocks import (
     expect_quantized_tensors,
     load_quantized_tensors,
@@ -83,8 +84,11 @@ class AdaptQTuner(BaseTuner):
         config = others.pop(adapter_name)
         with _adapters_off(model):
             plan = make_plan(model, config, others)
+        base = _open_quantized_base(model, config, plan, others)
         calibrate = None if others else _calibration(model, config, plan)
-        forms = BlockForms(model, plan.blocks, _wishes(adapter_name, config, plan, calibrate), list(others))
+        wishes = _wishes(adapter_name, config, plan, calibrate, base)
+        forms = BlockForms(model, plan.blocks, wishes, list(others))
+        _check_calibrated_before(config, others, forms)
         with self._undo_on_error(model, adapter_name, forms):
             forms.apply()
             fingerprint = fingerprint_base(model, plan.blocks, plan.adapted)
@@ -99,6 +103,11 @@ class AdaptQTuner(BaseTuner):
         if config.base_fingerprint is not None and saves_quantized(config):
             expect_quantized_tensors(model, adapter_name)
         config.base_fingerprint = fingerprint or config.base_fingerprint
+        if base is not None:
+            config.quantized_base = base.reference
+            forms.report.plain.update(
+                {name: why for name, why in base.description.plain.items() if name in forms.report.swapped}
+            )
         self._finish(model, config, plan, forms.report)
 
     def _update_nested_layers(self, model: nn.Module, adapter_name: str, config: AdaptQConfig) -> None:
@@ -397,6 +406,49 @@ def _calibration(
     return calibrate
 
 
+def _open_quantized_base(
+    model: nn.Module, config: AdaptQConfig, plan: AdapterPlan, others: Mapping[str, AdaptQConfig]
+) -> QuantizedBase | None:
+    """The shared base that the config refers to, checked against the model and the adapters that are on it."""
+    settings = resolve_quantization(plan.quantization)
+    base = None
+    if config.quantized_base is not None and settings is not None:
+        base = QuantizedBase(cast(QuantizedBaseReference, config.quantized_base))
+        base.check(model, plan.blocks, settings)
+    own = _Codes(None if base is None else base.reference, config.quantization_calibration is not None)
+    for name, other in others.items():
+        theirs = _Codes(cast(Any, other.quantized_base), other.quantization_calibration is not None)
+        if settings is not None and other.quantization != "none" and theirs != own:
+            raise ValueError(
+                f"The new adapter has its frozen blocks' codes from {own}, and adapter {name!r} on this model from "
+                f"{theirs}. Give both the same quantized_base, or put the new one on a base model of its own."
+            )
+    return base
+
+
+class _Codes(NamedTuple):
+    """Where the codes of an adapter's frozen blocks come from."""
+
+    base: QuantizedBaseReference | None
+    calibrated: bool
+
+    def __str__(self) -> str:
+        if self.base is not None:
+            return f"the quantized base {self.base.name_or_path!r}"
+        return "calibration" if self.calibrated else "plain rounding"
+
+
+def _check_calibrated_before(config: AdaptQConfig, others: Mapping[str, AdaptQConfig], forms: BlockForms) -> None:
+    """Calibration needs the original model, and other adapters have changed that."""
+    is_new = config.base_fingerprint is None and config.quantization_calibration is not None
+    if is_new and others and forms.has_new_codes:
+        raise ValueError(
+            f"The new adapter freezes blocks that adapters {list(others)} on this model do not freeze, and they can't "
+            "be calibrated beside them. Give all of them one quantized_base (adaptq quantize-base makes it), or put "
+            "the new one on a base model of its own."
+        )
+
+
 def _is_named(key: str, names: Collection[str]) -> bool:
     return key in names or f"_orig_mod.{key}" in names  # PEFT may ask without torch.compile's prefix
 
@@ -406,6 +458,7 @@ def _wishes(
     config: AdaptQConfig,
     plan: AdapterPlan,
     calibrate: Callable[[dict[str, nn.Module]], CalibratedLinears] | None,
+    base: QuantizedBase | None,
 ) -> Wishes:
     return Wishes(
         adapter_name=adapter_name,
@@ -415,6 +468,7 @@ def _wishes(
         revision=config.revision,
         is_excluded=lambda name: is_excluded(name, config),
         calibrate=calibrate,
+        load_codes=None if base is None else base.load_into,
         corrected_rank=config.frozen_rank,
         is_corrected=lambda name, linear: is_targeted(base_name(name), linear, config),
         repairs=config.frozen_rank_init == "svd" and not config.is_from_file,  # else the values are to be loaded

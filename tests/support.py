@@ -1,10 +1,24 @@
-"""What several test files do to a model with adapters, and with a trainer."""
+"""Tiny models, and what several test files do to a model with adapters, and with a trainer."""
 
 from __future__ import annotations
 
 import torch
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, T5Config, T5ForConditionalGeneration
 
 from adaptq_peft.layer import AdaptQLayer
+
+
+def tiny_qwen_moe():
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 64}
+    return Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(**sizes, **experts, num_key_value_heads=2, shared_expert_intermediate_size=32)
+    )
+
+
+def tiny_t5():
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+    return T5ForConditionalGeneration(T5Config(**sizes, vocab_size=96, decoder_start_token_id=0))
 
 
 def randomize(model, name="default", std=0.02, seed=5):

@@ -94,6 +94,18 @@ def test_a_second_adapter_on_the_same_blocks_shares_the_codes(model, samples, ba
     loaded.load_adapter(tmp_path / "first", adapter_name="first")
 
 
+def test_beside_an_adapter_with_other_codes_or_on_other_blocks(llama, samples, batch):
+    wrapped = get_peft_model(llama, config(samples, original_weights="keep"), adapter_name="first")
+    expected = logits(wrapped, batch)
+    with pytest.raises(
+        ValueError, match=r"codes from plain rounding, and adapter 'first' on this model from calibrati"
+    ):
+        wrapped.add_adapter("second", config(quantization_calibration=None))
+    with pytest.raises(ValueError, match=r"freezes blocks that adapters \['first'\] on this model do not freeze, and"):
+        wrapped.add_adapter("second", config(samples, layers_to_transform=[0]))
+    assert torch.equal(logits(wrapped, batch), expected)
+
+
 def test_a_missing_layer_in_the_file(llama, samples, tmp_path):
     from safetensors.torch import load_file, save_file
 

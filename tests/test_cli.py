@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -95,8 +96,22 @@ def texts(tmp_path):
 def test_plan_prints_tables(checkpoint):
     result = RUNNER.invoke(app, ["plan", checkpoint, "--blocks", "1,3"])
     assert result.exit_code == 0, result.output
+    assert "Stored: 0.001 GiB in float32" in result.output
+    assert "Not as in config.json" not in result.output
     for expected in ("2 of 4 blocks adapted", "ADAPTQ", "QLoRA", "full fine-tuning", "paged_adamw_8bit", "0.6250"):
         assert expected in result.output
+
+
+def test_plan_says_where_the_weights_are_not_those_of_the_config(checkpoint):
+    config = Path(checkpoint) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
+    result = RUNNER.invoke(app, ["plan", checkpoint])
+    assert (
+        "Not as in config.json: 9 stored tensors are none of the model's, the first: model.layers.3" in result.output
+    )
+    (Path(checkpoint) / "model.safetensors").unlink()
+    result = RUNNER.invoke(app, ["plan", checkpoint])
+    assert "No safetensors headers at hand: dtype and shapes are those of config.json." in result.output
 
 
 def test_plan_as_json_is_that_of_the_function(checkpoint):
@@ -132,6 +147,27 @@ def test_profile_with_a_strategy_that_needs_general_text(checkpoint, texts):
     result = RUNNER.invoke(app, ["profile", checkpoint, "--data", texts, "--strategy", "contrast"])
     assert result.exit_code == 1
     assert "pass general_calibration_data too" in result.output.replace("\n", " ")
+
+
+def test_quantize_base_writes_what_a_config_reads(checkpoint, texts, tmp_path):
+    output = str(tmp_path / "quantized")
+    options = ["--data", texts, "--general", texts, "--blocks", "0,2", "--calibration", "absmax", "--tokens", "300"]
+    result = RUNNER.invoke(app, ["quantize-base", checkpoint, "--output", output, *options])
+    assert result.exit_code == 0, result.output
+    file = tmp_path / "quantized" / "quantized_base.safetensors"
+    assert f"14 linears in nf4, {file.stat().st_size:,} bytes" in result.output
+    assert "calibrated by 'absmax' on" in result.output
+    assert "tokens: texts.txt, texts.txt, written by the model" in result.output
+    assert f'AdaptQConfig(quantized_base="{output}")' in result.output
+    config = AdaptQConfig(layers_to_transform=[1, 3], quantized_base=output)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), config)
+    assert len(model.base_model.quantization_report.swapped) == 14
+
+
+def test_quantize_base_says_what_is_wrong(checkpoint, tmp_path):
+    result = RUNNER.invoke(app, ["quantize-base", checkpoint, "--output", str(tmp_path), "--blocks", "9"])
+    assert result.exit_code == 1
+    assert "Error: blocks [9] are not in the model, which has 4: 0 to 3" in result.output
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import adaptq_peft
-from adaptq_peft import AdaptQConfig, hotswap_adapter
+from adaptq_peft import AdaptQConfig, QuantizedBaseReference, hotswap_adapter, quantize_base
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
@@ -172,6 +172,33 @@ def test_a_subfolder_offline_by_the_path_of_the_snapshot(adapter, base, batch):
     folder = huggingface_hub.snapshot_download("org/adapter")
     model = PeftModel.from_pretrained(base(), folder, subfolder="sub")
     assert torch.equal(logits(model, batch), adapter["old"])
+
+
+@pytest.fixture
+def quantized_base(cache, base, samples, tmp_path):
+    """Puts a quantized base into the cache as "org/quantized", and another one as its revision v1."""
+    for revision, data in (("main", samples[:30]), ("v1", samples[30:])):
+        quantize_base(base(), tmp_path / revision, data=data, calibration="absmax", tokens=200)
+        repo = put_into_cache(cache, "org/quantized", tmp_path / revision, revision)
+    return repo
+
+
+@pytest.mark.parametrize("revision", ["main", "v1"])
+def test_a_quantized_base_by_name(quantized_base, save_adapter, base, batch, revision):
+    reference = "org/quantized" if revision == "main" else QuantizedBaseReference("org/quantized", revision)
+    folder, expected = save_adapter("adapter", quantized_base=reference)
+    saved = json.loads((folder / CONFIG).read_text())["quantized_base"]
+    assert (saved["name_or_path"], saved["revision"]) == ("org/quantized", COMMITS[revision])
+    (quantized_base / "refs" / "main").write_text("c" * 40)  # the default branch moves on
+    assert torch.equal(logits(PeftModel.from_pretrained(base(), folder), batch), expected)
+
+
+def test_a_quantized_base_that_is_not_in_the_cache(quantized_base, save_adapter, base):
+    folder, _ = save_adapter("adapter", quantized_base="org/quantized")
+    for path in (quantized_base / "snapshots" / COMMITS["main"]).iterdir():
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is no quantized base 'org/quantized': neither a folder with"):
+        PeftModel.from_pretrained(base(), folder)
 
 
 class HubHandler(BaseHTTPRequestHandler):

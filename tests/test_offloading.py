@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_st
 from transformers import AutoModelForCausalLM
 
 import adaptq_peft.layer
-from adaptq_peft import AdaptQConfig, profile_activations
+from adaptq_peft import AdaptQConfig, profile_activations, quantize_base
 from adaptq_peft.evaluation import evaluate_perplexity
 from adaptq_peft.offloading import input_device
 from adaptq_peft.quantization import is_quantized
@@ -46,6 +46,16 @@ def folder(tmp_path, make_model):
 def offloaded(request, folder, tmp_path):
     """A Llama of which blocks 0 and 3, or all, are offloaded."""
     return request.param(folder, tmp_path / "offload")
+
+
+def test_codes_of_a_quantized_base(offloaded, folder, batch, samples, tmp_path):
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    options = {"data": samples, "calibration": "absmax", "tokens": 200}
+    quantize_base(whole, tmp_path / "quantized", **options)
+    fields = {"layers_to_transform": [1, 3], "quantized_base": tmp_path / "quantized"}
+    with pytest.raises(ValueError, match="is not in memory: it is offloaded"):
+        quantize_base(offloaded, tmp_path / "again", **options)
+    assert torch.equal(logits(wrap(offloaded, **fields), batch), logits(wrap(whole, **fields), batch))
 
 
 def logits(model, batch):

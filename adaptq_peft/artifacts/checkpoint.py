@@ -13,8 +13,12 @@ import torch
 _DELTA_KEY = ".adaptq_delta."
 
 
-def check_weights_file(path: str | os.PathLike[str]) -> None:
+def check_weights_file(path: str | os.PathLike[str], what: str = "adapter") -> None:
     """Check that a safetensors file is complete, from its header alone.
+
+    Args:
+        path: the file.
+        what: what it holds, for the message.
 
     Raises:
         ValueError: if the file is shorter or longer than its header says, or has no readable header.
@@ -30,12 +34,12 @@ def check_weights_file(path: str | os.PathLike[str]) -> None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{os.fspath(path)!r} ({size} bytes) has no readable safetensors header: it is truncated or is not a "
-            "safetensors file. Copy or save the adapter again."
+            f"safetensors file. Copy or save the {what} again."
         ) from error
     if expected != size:
         raise ValueError(
             f"{os.fspath(path)!r} is {size} bytes and its header describes {expected}: it is truncated or damaged. "
-            "Copy or save the adapter again."
+            f"Copy or save the {what} again."
         )
 
 

@@ -21,6 +21,7 @@ _STRUCTURE = (
     "layers_to_transform",
     "quantization",
     "quantization_calibration",
+    "quantized_base",
     "target_modules",
     "exclude_modules",
     "modules_to_save",

@@ -192,6 +192,7 @@ def _facts(config: Mapping[str, Any], weights: Weights) -> list[tuple[str, str]]
     if num_blocks:
         facts.append(("adapted blocks", f"{_ranges(adapted)} ({len(adapted)} of {num_blocks}), {_chosen(config)}"))
         facts.append(("frozen blocks", _quantization(config.get("quantization"))))
+        facts.extend(("codes of the frozen blocks", codes) for codes in _calibrated_codes(config))
     if weights.num_values is not None:
         facts.append(("trained parameters", f"{weights.num_values:,}"))
     facts.append(("adapter file", f"{weights.num_bytes / 1e6:,.1f} MB"))
@@ -245,6 +246,15 @@ def _quantization(quantization: Any) -> str:
     prefix = "bnb_4bit_" if kind == "load_in_4bit" else "llm_int8_"
     settings = [f"{key}={value}" for key, value in sorted(quantization.items()) if key.startswith(prefix)]
     return f"linears by bitsandbytes: {', '.join([kind, *settings])}"
+
+
+def _calibrated_codes(config: Mapping[str, Any]) -> list[str]:
+    base = config.get("quantized_base")
+    if base:
+        at = f"@`{base['revision']}`" if base.get("revision") else ""
+        return [f"from the quantized base `{base['name_or_path']}`{at}, SHA-256 `{str(base['sha256'])[:16]}`"]
+    method = config.get("quantization_calibration")
+    return [f"calibrated (`{method}`), in the adapter file"] if method else []
 
 
 def _perplexities(evaluation: Mapping[str, Mapping[str, Any]] | None) -> list[str]:

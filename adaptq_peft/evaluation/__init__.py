@@ -1,5 +1,6 @@
 """Is it true: perplexity, degradation, and bytes measured from the tensors, or planned before there are any."""
 
+from .checkpoint_headers import CheckpointSummary
 from .memory import WeightBytes, measure_weight_bytes, paper_weight_ratio
 from .memory_plan import MemoryPlan, MethodMemory, largest_num_adapted_blocks, plan_memory
 from .optimizer_states import OPTIMIZERS, optimizer_state_bytes, trained_parameters
@@ -7,6 +8,7 @@ from .perplexity import Perplexity, degradation, evaluate_perplexity, token_nll
 
 __all__ = [
     "OPTIMIZERS",
+    "CheckpointSummary",
     "MemoryPlan",
     "MethodMemory",
     "Perplexity",

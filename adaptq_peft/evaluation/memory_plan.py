@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from ..block_forms import linears_of
 from ..config import AdaptQConfig
@@ -21,6 +21,7 @@ from ..quantization import LeaveReasons, QuantizationSettings, quantize_on_meta,
 from ..selection import find_blocks, strategy_needs_profile
 from ..skeleton import build_skeleton
 from ..targets import is_excluded
+from .checkpoint_headers import CheckpointHeaders, CheckpointSummary, HeadersUnavailable
 from .memory import WeightBytes, measure_weight_bytes, paper_weight_ratio
 from .optimizer_states import OPTIMIZERS, optimizer_state_bytes, trained_parameters
 
@@ -60,6 +61,7 @@ class MemoryPlan:
         planned_ratio: the same ratio with these tensors.
         peak_in_memory: bytes at the peak of `get_peft_model` on a model loaded in `dtype`: the model, the quantized
             copies and the deltas.
+        checkpoint: what its safetensors headers say; `None`: they can't be had.
         peak_presplit: bytes at the peak of loading through `adaptq_bnb_config` and `get_peft_model`: the result and
             the largest weight. `None` where transformers can't load blocks so: `quantization` "hqq2" and the like.
     """
@@ -73,6 +75,7 @@ class MemoryPlan:
     planned_ratio: float
     peak_in_memory: int
     peak_presplit: int | None
+    checkpoint: CheckpointSummary | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and dicts, for JSON."""
@@ -89,15 +92,16 @@ def plan_memory(
 ) -> MemoryPlan:
     """Bytes of weights, deltas, gradients and optimizer states, for ADAPTQ beside LoRA, QLoRA and full fine-tuning.
 
-    Nothing but config.json is read. The methods are applied to the model on the meta device, so the shapes and dtypes
-    are those that they will have. What is trained is in `config.delta_dtype` (float32 by default) in all methods. LoRA
-    and QLoRA train all linears but the head; QLoRA has all linears of the blocks quantized as `config` says.
+    Nothing but config.json and the headers of the safetensors files is read. The methods are applied to the model on
+    the meta device, so the shapes and dtypes are those that they will have. What is trained is in `config.delta_dtype`
+    (float32 by default) in all methods. LoRA and QLoRA train all linears but the head; QLoRA has all linears of the
+    blocks quantized as `config` says.
 
     Args:
         model: folder or Hub repository of the 16-bit checkpoint, or its config.
         config: the adapter's config. Blocks that would be chosen by a profile that it does not have are taken to be
             the last K: in a model of equal blocks the bytes are the same. `None` (default): `AdaptQConfig()`.
-        dtype: as given to `from_pretrained`. `None` (default): that of the checkpoint's config.
+        dtype: as given to `from_pretrained`. `None` (default): that of the checkpoint's config, else of its tensors.
         lora_rank: r of LoRA and QLoRA.
         galore_rank: rank of "galore_adamw".
 
@@ -105,6 +109,8 @@ def plan_memory(
         ValueError: if no blocks are found, K or an index is out of range, or the checkpoint is quantized.
     """
     config = config or AdaptQConfig()
+    headers = _headers(model)
+    dtype = _dtype(model, dtype, headers)
     adaptq, blocks, adapted = _adaptq_model(build_skeleton(model, dtype), config)
     plain = build_skeleton(model, dtype)
     unquantized = measure_weight_bytes(plain, config.layers_pattern)  # type: ignore[arg-type]
@@ -128,6 +134,7 @@ def plan_memory(
         planned_ratio=weights.block_linears / unquantized.block_linears,
         peak_in_memory=unquantized.total + weights.quantized_linears + weights.adapters,
         peak_presplit=weights.total + largest if settings is None or settings.backend == "bitsandbytes" else None,
+        checkpoint=None if headers is None else headers.summarize(build_skeleton(model, dtype)),
     )
 
 
@@ -156,6 +163,7 @@ def largest_num_adapted_blocks(
         ValueError: if one block does not fit, with the bytes that it needs, or the budget or optimizer is unknown.
     """
     limit = convert_file_size_to_int(budget)
+    dtype = _dtype(model, dtype, _headers(model))
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer is {optimizer!r}; known are {list(OPTIMIZERS)}")
 
@@ -177,6 +185,22 @@ def largest_num_adapted_blocks(
         middle = (fits + too_many) // 2
         fits, too_many = (middle, too_many) if needed(middle) <= limit else (fits, middle)
     return fits
+
+
+def _headers(model: PreTrainedConfig | str | os.PathLike[str]) -> CheckpointHeaders | None:
+    try:
+        return None if isinstance(model, PreTrainedConfig) else CheckpointHeaders(model)
+    except HeadersUnavailable:
+        return None
+
+
+def _dtype(
+    model: PreTrainedConfig | str | os.PathLike[str], dtype: torch.dtype | None, headers: CheckpointHeaders | None
+) -> torch.dtype | None:
+    """As `from_pretrained` takes it: the given one, else that of config.json (`None`), else that of the tensors."""
+    if dtype is not None or headers is None or isinstance(model, PreTrainedConfig):
+        return dtype
+    return None if AutoConfig.from_pretrained(model).dtype else headers.dtype
 
 
 def _measure(model: nn.Module, config: AdaptQConfig, galore_rank: int) -> MethodMemory:
@@ -202,6 +226,7 @@ def _adaptq_model(model: nn.Module, config: AdaptQConfig) -> tuple[nn.Module, in
         _quantize(model, [block.index for block in blocks if block.index not in adapted], settings, chosen)
     # "dequantized" would round the adapted blocks' weights, which takes values and changes no size.
     chosen.layers_to_transform, chosen.original_weights = list(adapted), "checkpoint"
+    chosen.quantized_base = None  # its codes have the bytes of any others
     return get_peft_model(model, chosen), len(blocks), list(adapted)  # type: ignore[arg-type]
 
 

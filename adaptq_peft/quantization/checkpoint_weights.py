@@ -96,7 +96,7 @@ class CheckpointWeights:
         """Name of each tensor of the model -> where it is in the checkpoint."""
         keys = list(self._files)
         self._check_not_quantized()
-        return _name_keys(self._model, keys, self._is_own)
+        return name_keys(self._model, keys, self._is_own)
 
     @cached_property
     def _files(self) -> dict[str, str]:
@@ -196,8 +196,14 @@ class CheckpointWeights:
         )
 
 
-def _name_keys(model: nn.Module, keys: list[str], is_own: bool) -> dict[str, _Source]:
-    """Map the checkpoint's keys to the model's names as `from_pretrained` does."""
+def name_keys(model: nn.Module, keys: list[str], is_own: bool) -> dict[str, _Source]:
+    """Map the checkpoint's keys to the model's names as `from_pretrained` does.
+
+    Args:
+        model: the transformers model, with or without values.
+        keys: names of the tensors in the checkpoint.
+        is_own: whether the model was loaded from it.
+    """
     recorded = getattr(model, "_weight_conversions", None) if is_own else None  # has the key_mapping of the user, too
     conversions = get_model_conversion_mapping(model) if recorded is None else recorded  # type: ignore[arg-type]
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]

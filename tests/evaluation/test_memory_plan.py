@@ -7,15 +7,9 @@ import galore_torch
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support import tiny_qwen_moe, tiny_t5
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.optimization import Adafactor
 
 from adaptq_peft import AdaptQConfig
@@ -30,24 +24,10 @@ from adaptq_peft.evaluation import (
 )
 from adaptq_peft.quantization import QuantizationSettings, quantize_linear, quantize_on_meta
 
-SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-
-
-def qwen_moe():
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 64}
-    return Qwen2MoeForCausalLM(
-        Qwen2MoeConfig(**SIZES, **experts, num_key_value_heads=2, shared_expert_intermediate_size=32)
-    )
-
-
-def t5():
-    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
-    return T5ForConditionalGeneration(T5Config(**sizes, vocab_size=96, decoder_start_token_id=0))
-
 
 @pytest.fixture
 def save(make_model, tmp_path):
-    makers = {"llama": make_model, "gpt2": lambda: make_model("gpt2"), "t5": t5, "qwen-moe": qwen_moe}
+    makers = {"llama": make_model, "gpt2": lambda: make_model("gpt2"), "t5": tiny_t5, "qwen-moe": tiny_qwen_moe}
 
     def run(kind, dtype=torch.bfloat16):
         makers[kind]().to(dtype).save_pretrained(tmp_path)

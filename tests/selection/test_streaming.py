@@ -5,32 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    BitsAndBytesConfig,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from support import tiny_qwen_moe, tiny_t5
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
 from adaptq_peft import AdaptQConfig, adaptq_bnb_config, profile_activations
 from adaptq_peft.selection.streaming import device_map_with_blocks_on_disk, streamed_model
-
-SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-
-
-def qwen_moe():
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 64}
-    return Qwen2MoeForCausalLM(
-        Qwen2MoeConfig(**SIZES, **experts, num_key_value_heads=2, shared_expert_intermediate_size=32)
-    )
-
-
-def t5():
-    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
-    return T5ForConditionalGeneration(T5Config(**sizes, vocab_size=96, decoder_start_token_id=0))
 
 
 @pytest.fixture
@@ -39,8 +18,8 @@ def save(make_model, tmp_path):
         "llama": make_model,
         "llama-tied": lambda: make_model(tie_word_embeddings=True),
         "gpt2": lambda: make_model("gpt2"),
-        "t5": t5,
-        "qwen-moe": qwen_moe,
+        "t5": tiny_t5,
+        "qwen-moe": tiny_qwen_moe,
     }
 
     def run(kind, dtype=torch.float32, **options):

@@ -1,6 +1,7 @@
 """Calibrated 4-bit rounding: plain `Linear4bit` layers whose codes were chosen by what the layers see on text."""
 
 from .calibrate import (
+    BEST_METHOD,
     CALIBRATION_METHODS,
     CalibratedLinears,
     CalibrationMethod,
@@ -10,6 +11,7 @@ from .calibrate import (
 from .text import mixed_calibration_batches
 
 __all__ = [
+    "BEST_METHOD",
     "CALIBRATION_METHODS",
     "CalibratedLinears",
     "CalibrationMethod",

@@ -223,7 +223,8 @@ def input_moments(
         tokens: how many tokens each batch has.
     """
     moment, cross, count, paired = None, None, 0, originals is not None
-    for batch, original, expected in zip(inputs, originals or repeat(None), tokens, strict=False):
+    others: Iterable[Tensor | None] = repeat(None) if originals is None else originals
+    for batch, original, expected in zip(inputs, others, tokens, strict=False):
         if len(batch):
             moment = _add(moment, batch.float().t() @ batch.float())
             count += len(batch)
