@@ -123,8 +123,9 @@ def profile(
     try:
         config = AdaptQConfig(selection_strategy=strategy, selection_ratio=ratio, general_calibration_data=general)
         skeleton = build_skeleton(model)
+        loaded = None if stream else type(skeleton).from_pretrained(model)
         found = profile_activations(
-            model if stream else type(skeleton).from_pretrained(model),
+            model if loaded is None else loaded,
             data,
             general_data=general,
             tokenizer=AutoTokenizer.from_pretrained(model),
@@ -133,7 +134,8 @@ def profile(
             batch_size=batch_size,
         )
         config.profile = found
-        chosen, _ = choose_blocks(skeleton, find_blocks(skeleton), config)
+        profiled = skeleton if loaded is None else loaded  # only a model with weights can give sensitivities
+        chosen, found = choose_blocks(profiled, find_blocks(profiled), config)  # type: ignore[assignment]
         found.save(output)
     except (OSError, ValueError) as error:
         _fail(str(error), error)

@@ -19,6 +19,7 @@ from .artifacts.checkpoint import check_weights_file
 from .artifacts.model_card import CERTIFIED, STAGES, update_model_card
 from .quantization import ORIGINAL_WEIGHTS, QUANTIZATION_NAMES
 from .quantization.calibrated import CALIBRATION_METHODS
+from .quantization.precision_plan import PRECISIONS, weight_budget_bytes
 from .registration import ensure_peft_type
 from .selection import ActivationProfile, selection_strategy_names, strategy_needs_general_profile
 
@@ -49,7 +50,8 @@ class AdaptQConfig(PeftConfig):
         selection_ratio: alpha in (0, 1]: K = floor(alpha * L) of the L blocks are adapted, at least 1. Default 0.5.
         num_adapted_blocks: K itself, between 1 and L. `None` (default) computes it from `selection_ratio`.
         selection_strategy: which blocks: a name in the registry of `adaptq_peft.selection` ("activation", "update",
-            "contrast", "random", "first", "last", or your own). Default "activation", the paper's rule.
+            "contrast", "sensitivity", "activation+sensitivity", "random", "first", "last", or your own). Default
+            "activation", the paper's rule.
         selection_seed: seed of the strategy "random". Default 0.
         layers_to_transform: explicit block indices (0-based, an int or a list). Skips the profile and the strategy.
             Holds the adapted blocks once the adapter is made.
@@ -76,9 +78,15 @@ class AdaptQConfig(PeftConfig):
             `adaptq profile` wrote; nothing is profiled then.
         quantization: how the linears of the frozen blocks are stored: "nf4" (default), "fp4", "int8", "none", or a
             `transformers.BitsAndBytesConfig`. The names mean bitsandbytes with nested absmax (double quantization).
+            "auto": each linear gets "nf4", "int8" or "none", by a plan within `weight_budget` or by `precision`.
         quantization_calibration: how the codes of the frozen blocks are chosen. `None` (default): plain rounding.
             "auto", "absmax", "gptq" or "descent": calibrated on `calibration_data`,
             `general_calibration_data` and text that the model writes itself. The codes are saved with the adapter.
+        weight_budget: with quantization "auto", what the weights of the frozen blocks' linears may take with their
+            scales: bytes as an integer, "1.5GiB" or "700MB", or bits a weight on average, "5.0 bits". Embeddings,
+            norms, adapted blocks and linears that can't be quantized do not count.
+        precision: with quantization "auto", dotted name of each linear -> "nf4", "int8" or "none". Skips the
+            measurement. Holds the plan for the linears of the frozen blocks once the adapter is made.
         original_weights: where the original weights of a linear come from that is quantized already: because the model
             arrived in 4 bits, another adapter on it has frozen that block, or `unload()` takes all adapters off.
             "checkpoint" (default): the safetensors checkpoint of the model, local or in the Hub's cache, tensor by
@@ -129,6 +137,8 @@ class AdaptQConfig(PeftConfig):
     profile: ActivationProfile | None = None  # or a path, read at once
     quantization: str | dict | BitsAndBytesConfig = "nf4"
     quantization_calibration: str | None = None
+    weight_budget: int | str | None = None
+    precision: dict[str, str] | None = None
     original_weights: str = "checkpoint"
     delta_scaling: float = 0.25
     delta_dtype: str | None = None
@@ -285,12 +295,33 @@ def _check_profile(config: AdaptQConfig) -> Iterator[str]:
 
 
 def _check_quantization(config: AdaptQConfig) -> Iterator[str]:
-    if isinstance(config.quantization, dict) or config.quantization in QUANTIZATION_NAMES:
+    if isinstance(config.quantization, dict) or config.quantization in (*QUANTIZATION_NAMES, "auto"):
         return
     yield (
-        f"quantization is {config.quantization!r}; allowed: {list(QUANTIZATION_NAMES)} or a "
+        f"quantization is {config.quantization!r}; allowed: {[*QUANTIZATION_NAMES, 'auto']} or a "
         "transformers.BitsAndBytesConfig"
     )
+
+
+def _check_precision(config: AdaptQConfig) -> Iterator[str]:
+    budget, precision = config.weight_budget, config.precision
+    if config.quantization != "auto":
+        if budget is not None or precision is not None:
+            yield f"weight_budget and precision are for quantization 'auto'; quantization is {config.quantization!r}"
+        return
+    if budget is None and precision is None:
+        yield 'quantization "auto" needs a weight_budget, such as "5.0 bits" or "1.5GiB", or precision'
+    if config.original_weights == "dequantized":
+        yield 'original_weights "dequantized" rounds adapted blocks, too, for which quantization "auto" plans nothing'
+    if budget is not None:
+        try:
+            weight_budget_bytes(budget, num_weights=1)
+        except ValueError as error:
+            yield str(error)
+    forms = precision.values() if isinstance(precision, dict) else [precision]
+    wrong = [] if precision is None else [form for form in forms if form not in PRECISIONS]
+    if wrong:
+        yield f"precision has {wrong[0]!r}; allowed: None or a dict, names of linears to one of {list(PRECISIONS)}"
 
 
 def _check_quantization_calibration(config: AdaptQConfig) -> Iterator[str]:
@@ -385,6 +416,7 @@ _CHECKS = (
     _check_profile,
     _check_quantization,
     _check_quantization_calibration,
+    _check_precision,
     _check_original_weights,
     _check_scaling,
     _check_dtype,

@@ -17,6 +17,7 @@ from ..config import AdaptQConfig
 from ..layer import AdaptQLayer
 from ..module_names import base_name, is_inside_a_wrapper
 from ..quantization import is_quantized, load_quantized, origin_of
+from ..quantization.bitsandbytes_backend import settings_of
 
 PREFIX = "base_model.model."
 _KEY = ".adaptq_frozen."
@@ -110,10 +111,14 @@ def _quantized_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str
         own = name.removeprefix(PREFIX)
         if isinstance(module, AdaptQLayer):
             seen = module.form_for([adapter_name])
-            if is_quantized(seen):
+            if _can_be_calibrated(seen):
                 yield base_name(own), seen
-        elif is_quantized(module) and not is_inside_a_wrapper(name):
+        elif _can_be_calibrated(module) and not is_inside_a_wrapper(name):
             yield base_name(own), module
+
+
+def _can_be_calibrated(module: nn.Module) -> bool:
+    return is_quantized(module) and settings_of(module).bits == 4
 
 
 def _others_see(model: nn.Module, name: str, adapter_name: str) -> bool:

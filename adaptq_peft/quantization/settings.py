@@ -51,11 +51,14 @@ _NAMED: dict[str, QuantizationSettings | None] = {
     "fp4": QuantizationSettings(bits=4, quant_type="fp4"),
     "int8": QuantizationSettings(bits=8),
     "none": None,
+    "auto": QuantizationSettings(bits=4, quant_type="nf4"),
 }
 
 
 def resolve_quantization(quantization: str | dict[str, Any] | BitsAndBytesConfig) -> QuantizationSettings | None:
     """Settings for one of `QUANTIZATION_NAMES`, a `BitsAndBytesConfig` or its dict; `None` for "none".
+
+    For "auto", those of the linears that its plan stores in 4 bits.
 
     Raises:
         ValueError: if a `BitsAndBytesConfig` asks for neither 4 nor 8 bits.
