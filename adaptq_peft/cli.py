@@ -62,7 +62,10 @@ def plan(
     optimizer: Annotated[str, typer.Option(help="Optimizer that --budget counts, as transformers names it.")] = (
         "adamw_torch"
     ),
-    quantization: Annotated[str, typer.Option(help="Of the frozen blocks: nf4, fp4, int8 or none.")] = "nf4",
+    quantization: Annotated[str, typer.Option(help="Of the frozen blocks: nf4, fp4, int8, none or auto.")] = "nf4",
+    weight_budget: Annotated[
+        str | None, typer.Option(help='With auto, for the linears of the frozen blocks: "5.0 bits" or "1.5GiB".')
+    ] = None,
     delta_dtype: Annotated[str, typer.Option(help="Of what is trained, in all methods.")] = "float32",
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA and QLoRA.")] = 16,
     galore_rank: Annotated[int, typer.Option(min=1, help="Rank of galore_adamw.")] = 128,
@@ -80,6 +83,7 @@ def plan(
             num_adapted_blocks=num_blocks,
             layers_to_transform=given,
             quantization=quantization,
+            weight_budget=weight_budget,
             delta_dtype=delta_dtype,
         )
         if budget is not None:

@@ -318,8 +318,8 @@ def _check_precision(config: AdaptQConfig) -> Iterator[str]:
             weight_budget_bytes(budget, num_weights=1)
         except ValueError as error:
             yield str(error)
-    forms = precision.values() if isinstance(precision, dict) else [precision]
-    wrong = [] if precision is None else [form for form in forms if form not in PRECISIONS]
+    is_dict = precision is None or isinstance(precision, dict)
+    wrong = [form for form in (precision or {}).values() if form not in PRECISIONS] if is_dict else [precision]
     if wrong:
         yield f"precision has {wrong[0]!r}; allowed: None or a dict, names of linears to one of {list(PRECISIONS)}"
 

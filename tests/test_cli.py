@@ -134,6 +134,27 @@ def test_profile_with_a_strategy_that_needs_general_text(checkpoint, texts):
     assert "pass general_calibration_data too" in result.output.replace("\n", " ")
 
 
+def test_profile_with_sensitivities(checkpoint, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("adaptq_peft.precision.SEQUENCES", 4)
+    output = str(tmp_path / "profile.json")
+    options = ["--data", texts, "--output", output, "--strategy", "sensitivity"]
+    result = RUNNER.invoke(app, ["profile", checkpoint, *options])
+    assert result.exit_code == 0, result.output
+    assert "sensitivity" in result.output
+    assert len(AdaptQConfig(profile=output).profile.sensitivity) == 4
+    result = RUNNER.invoke(app, ["profile", checkpoint, *options, "--stream"])
+    assert result.exit_code == 1
+    assert "is on the meta device and has no weights" in result.output.replace("\n", " ")
+
+
+def test_plan_of_memory_with_a_weight_budget(checkpoint):
+    options = ["--quantization", "auto", "--weight-budget", "6 bits"]
+    result = RUNNER.invoke(app, ["plan", checkpoint, *options, "--num-blocks", "1", "--json"])
+    assert result.exit_code == 0, result.output
+    config = AdaptQConfig(num_adapted_blocks=1, quantization="auto", weight_budget="6 bits", delta_dtype="float32")
+    assert json.loads(result.output) == plan_memory(checkpoint, config).to_dict()
+
+
 @pytest.fixture
 def site_packages(tmp_path, monkeypatch):
     monkeypatch.setattr(autoload.sysconfig, "get_path", lambda name: str(tmp_path))

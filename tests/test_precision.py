@@ -11,13 +11,15 @@ from peft import PeftModel, get_peft_model
 from support import logits, randomize
 from transformers import AutoModelForCausalLM, LlamaModel
 
-from adaptq_peft import AdaptQConfig, adaptq_bnb_config, hotswap_adapter
+from adaptq_peft import AdaptQConfig, adaptq_bnb_config, hotswap_adapter, profile_activations
 from adaptq_peft.evaluation import measure_weight_bytes, plan_memory
 from adaptq_peft.layer import AdaptQLayer
-from adaptq_peft.quantization import is_quantized
+from adaptq_peft.precision import sensitivity_batches
+from adaptq_peft.quantization import is_quantized, quantize_linear, resolve_quantization
 from adaptq_peft.quantization.bitsandbytes_backend import settings_of
 from adaptq_peft.quantization.calibrated import mixed_calibration_batches
 from adaptq_peft.quantization.sensitivity import measure_sensitivity
+from adaptq_peft.selection import find_blocks
 
 
 @pytest.fixture(autouse=True)
@@ -335,6 +337,54 @@ class TestArrival:
             model = AutoModelForCausalLM.from_config(loaded.config)
         with pytest.raises(ValueError, match="this LlamaForCausalLM is on the meta device and has no weights"):
             made(model)
+
+
+class TestSelection:
+    def test_the_blocks_that_suffer_most_are_adapted_and_the_profile_says_so(self, model, samples, tmp_path):
+        with torch.no_grad():  # larger weights: larger errors
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 2 and any(f".{block}." in name for block in (0, 2)):
+                    parameter.mul_(4)
+        fields = {"selection_strategy": "sensitivity", "calibration_data": samples, "num_adapted_blocks": 2}
+        wrapped = get_peft_model(model, AdaptQConfig(task_type="CAUSAL_LM", **fields))
+        found = wrapped.peft_config["default"]
+        assert found.layers_to_transform == [0, 2]
+        sensitivity = found.profile.sensitivity
+        assert min(sensitivity[0], sensitivity[2]) > max(sensitivity[1], sensitivity[3]) > 0
+        wrapped.save_pretrained(tmp_path)
+        assert AdaptQConfig.from_pretrained(tmp_path).profile == found.profile
+        assert "| block | magnitude | update | sensitivity |" in (tmp_path / "README.md").read_text()
+
+    def test_it_is_the_sum_over_the_linears_of_a_block(self, llama, samples):
+        fields = {"selection_strategy": "activation+sensitivity", "calibration_data": samples}
+        wrapped = get_peft_model(copy.deepcopy(llama), AdaptQConfig(task_type="CAUSAL_LM", **fields))
+        profile = wrapped.peft_config["default"].profile
+        blocks = find_blocks(llama)
+        linears = {name: m for b in blocks for name, m in b.module.named_modules(prefix=b.name) if name[-4:] == "proj"}
+        candidates = {name: {"nf4": quantize_linear(m, resolve_quantization("nf4"))} for name, m in linears.items()}
+        rises = measure_sensitivity(llama, candidates, sensitivity_batches(llama, AdaptQConfig()))
+        for block in blocks:
+            expected = sum(rises[name]["nf4"] for name in rises if name.startswith(f"{block.name}."))
+            assert profile.sensitivity[block.index] == pytest.approx(expected, rel=1e-5)
+
+    def test_a_profile_without_it_is_completed(self, llama, samples, monkeypatch):
+        profile = profile_activations(llama, samples)
+        monkeypatch.setattr("adaptq_peft.plan.profile_activations", None)
+        fields = {"selection_strategy": "sensitivity", "profile": profile, "quantization": "none"}
+        wrapped = get_peft_model(llama, AdaptQConfig(task_type="CAUSAL_LM", **fields))
+        found = wrapped.peft_config["default"].profile
+        assert found.magnitude == profile.magnitude
+        assert len(found.sensitivity) == 4
+
+    def test_both_the_blocks_and_the_plan(self, llama, samples):
+        fields = {"layers_to_transform": None, "selection_strategy": "sensitivity", "calibration_data": samples}
+        wrapped = made(llama, **fields)
+        assert len(precision_of(wrapped)) == 14
+
+    def test_a_model_with_quantized_linears_can_not_be_measured(self, llama, samples):
+        wrapped = get_peft_model(llama, AdaptQConfig(layers_to_transform=[0, 1]))
+        with pytest.raises(ValueError, match="The sensitivity of the blocks is measured on the original model, and"):
+            wrapped.add_adapter("other", AdaptQConfig(selection_strategy="sensitivity", calibration_data=samples))
 
 
 def test_merge_and_unload(model, batch):
