@@ -69,7 +69,8 @@ class AdaptQConfig(PeftConfig):
         calibration_data: domain data that is profiled: `list[str]`, `list[dict]` (with "text", "messages" or
             "input_ids"), a `datasets.Dataset`, a `DataLoader`, or the path of a .txt, .json or .jsonl file. Runtime
             only. `None` (default): the model writes its own calibration text, with a warning.
-        general_calibration_data: general data, in the same forms, for strategies that compare. Runtime only.
+        general_calibration_data: general data, in the same forms, for strategies that compare, calibrated rounding
+            and predicted rises of the loss. Runtime only.
         calibration_tokenizer: tokenizer for texts. Runtime only. `None`: that of the model's `name_or_path`.
         calibration_samples: how many samples are profiled at most. Default 100.
         calibration_max_length: tokens a sample is cut to. Default 512.

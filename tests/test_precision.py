@@ -9,7 +9,14 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from support import logits, randomize
-from transformers import AutoModelForCausalLM, LlamaModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from adaptq_peft import AdaptQConfig, adaptq_bnb_config, hotswap_adapter, profile_activations
 from adaptq_peft.evaluation import measure_weight_bytes, plan_memory
@@ -30,8 +37,8 @@ def few_sequences(monkeypatch):
 
 
 def config(**fields):
-    fields = {"layers_to_transform": [1, 3], "weight_budget": "6.5 bits", **fields}
-    return AdaptQConfig(task_type="CAUSAL_LM", quantization="auto", **fields)
+    fields = {"task_type": "CAUSAL_LM", "layers_to_transform": [1, 3], "weight_budget": "6.5 bits", **fields}
+    return AdaptQConfig(quantization="auto", **fields)
 
 
 def made(model, **fields):
@@ -440,3 +447,19 @@ def test_the_model_card_shows_the_plan(llama, tmp_path):
 def test_invalid_configs(fields, message):
     with pytest.raises(ValueError, match=message):
         AdaptQConfig(**{"quantization": "auto", "weight_budget": "6.5 bits", **fields})
+
+
+def test_an_encoder_decoder_with_domain_text(samples):
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+    t5 = T5ForConditionalGeneration(T5Config(**sizes, vocab_size=96, decoder_start_token_id=0))
+    wrapped = get_peft_model(t5, config(layers_to_transform=[3], task_type=None, calibration_data=samples))
+    assert {name.split(".")[0] for name in precision_of(wrapped)} == {"encoder", "decoder"}
+    assert {"nf4", "int8"} <= set(precision_of(wrapped).values())
+
+
+def test_a_model_that_can_not_write_text_needs_some():
+    bert = BertForMaskedLM(
+        BertConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    )
+    with pytest.raises(ValueError, match="can't write its own calibration text"):
+        get_peft_model(bert, AdaptQConfig(layers_to_transform=[1], quantization="auto", weight_budget="6 bits"))
