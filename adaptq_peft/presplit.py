@@ -60,11 +60,11 @@ def adaptq_bnb_config(
     """
     adapter_config = _adapter_config(adapter)
     settings = resolve_quantization(adapter_config.quantization)
-    plan = _plan_of(adapter_config)
     if settings is None:
         raise ValueError(f'quantization is "none", so no block is quantized; {_LOAD_PLAIN}')
     skeleton = _skeleton(adapter_config.base_model_name_or_path if model is None else model)
     frozen = _frozen_blocks(skeleton, adapter_config)
+    plan = _plan_of(frozen, adapter_config)
     prefix = getattr(skeleton, "base_model_prefix", "")
     skipped = [_all_but(frozen, prefix)]
     left = _left_linears(skeleton, frozen, settings, adapter_config)
@@ -98,8 +98,8 @@ def _adapter_config(adapter: AdaptQConfig | Sequence[int] | int | str | os.PathL
     return adapter
 
 
-def _plan_of(config: AdaptQConfig) -> dict[str, str]:
-    """The precision of each linear, if `quantization` is "auto"; empty otherwise."""
+def _plan_of(frozen: list[Block], config: AdaptQConfig) -> dict[str, str]:
+    """The precision of each linear of the frozen blocks, if `quantization` is "auto"; empty otherwise."""
     if config.quantization != "auto":
         return {}
     if config.precision is None:
@@ -107,13 +107,15 @@ def _plan_of(config: AdaptQConfig) -> dict[str, str]:
             'quantization is "auto" and precision is None: the plan is measured on the 16-bit model. Make the adapter '
             "on that, or set precision to that of an adapter that was made."
         )
-    in_8_bits = [name for name, precision in config.precision.items() if precision == "int8"]
+    inside = tuple(f"{block.name}." for block in frozen)
+    plan = {name: precision for name, precision in config.precision.items() if name.startswith(inside)}
+    in_8_bits = [name for name, precision in plan.items() if precision == "int8"]
     if in_8_bits:
         raise ValueError(
             f"the plan stores {len(in_8_bits)} linears in int8, the first is {in_8_bits[0]}, and others in 4 bits; a "
             f"BitsAndBytesConfig has one precision. So {_LOAD_PLAIN}, and get_peft_model quantizes it in memory."
         )
-    return config.precision
+    return plan
 
 
 def _skeleton(model: PreTrainedConfig | nn.Module | str | os.PathLike[str] | None) -> nn.Module:

@@ -310,6 +310,8 @@ class TestArrival:
         plan = explicit(self.load(checkpoint), "nf4", "int8")
         with pytest.raises(ValueError, match=r"the plan stores 7 linears in int8, .* load the model without a quant"):
             adaptq_bnb_config(config(precision=plan), checkpoint)
+        adapted = explicit(self.load(checkpoint), "int8", blocks=[1, 3])
+        assert adaptq_bnb_config(config(precision={**explicit(self.load(checkpoint), "nf4"), **adapted}), checkpoint)
         with pytest.raises(ValueError, match=r'quantization is "auto" and precision is None: the plan is measured on'):
             adaptq_bnb_config(config(), checkpoint)
 
