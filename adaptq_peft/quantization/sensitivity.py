@@ -52,7 +52,8 @@ def measure_sensitivity(
 
     Args:
         model: the original model, on its device, with weights. Its output has `logits` [..., classes].
-        candidates: dotted name of each linear -> name of a precision -> a layer to put in its place, on its device.
+        candidates: dotted name of each linear -> name of a precision -> a layer to put in its place, on its device. It is
+            put into evaluation mode: on a CPU int8 rounds its inputs only there.
         batches: keyword arguments for `model.forward`. One sequence each gives the least noise for the tokens.
         seed: seed of the labels that are drawn from the model's predictions.
 
@@ -65,6 +66,9 @@ def measure_sensitivity(
     """
     if not batches:
         raise ValueError("sensitivities need calibration batches, and there are none")
+    for layers in candidates.values():
+        for layer in layers.values():
+            layer.eval()
     sums: Sensitivity = {name: dict.fromkeys(layers, 0.0) for name, layers in candidates.items()}
     predictions = 0
     device = input_device(model)

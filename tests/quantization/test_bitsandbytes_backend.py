@@ -135,3 +135,13 @@ def test_quantized_on_the_gpu(name):
     assert (quantized(x) - expected).norm() / expected.norm() < 1.2 * OUTPUT_ERROR[name]
     quantized(x).float().sum().backward()
     assert x.grad is not None
+
+
+def test_the_cast_to_float16_is_logged_once_not_at_each_call(monkeypatch, caplog):
+    monkeypatch.setattr(backend._FIRST_OF_EACH, "_seen", set())
+    linear = backend.quantize_linear(make_linear(), resolve_quantization("int8")).eval()
+    for _ in range(3):
+        linear(torch.randn(2, 128))
+    assert [record.getMessage() for record in caplog.records] == [
+        "MatMul8bitLt: inputs will be cast from torch.float32 to float16 during quantization"
+    ]

@@ -74,6 +74,13 @@ def test_eight_bits_cost_far_less_than_four(model):
     assert sum(r["int8"] for r in predicted.values()) < 0.1 * sum(r["nf4"] for r in predicted.values())
 
 
+def test_the_training_mode_of_the_model_and_the_candidates_does_not_matter(llama):
+    llama.eval()
+    evaluated = measure_sensitivity(llama, candidates_of(llama), sequences(2))
+    llama.train()
+    assert measure_sensitivity(llama, candidates_of(llama), sequences(2)) == evaluated
+
+
 def test_a_copy_of_the_linear_costs_nothing(llama):
     linears = {name: copy.deepcopy(module) for name, module in llama.named_modules() if name.endswith("_proj")}
     predicted = measure_sensitivity(llama, {name: {"same": linear} for name, linear in linears.items()}, sequences(2))
