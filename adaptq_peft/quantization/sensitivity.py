@@ -52,7 +52,7 @@ def measure_sensitivity(
 
     Args:
         model: the original model, on its device, with weights. Its output has `logits` [..., classes].
-        candidates: dotted name of each linear -> name of a precision -> a layer to put in its place, on its device. It is
+        candidates: dotted name of each linear -> name of a precision -> a layer for its place, on its device. It is
             put into evaluation mode: on a CPU int8 rounds its inputs only there.
         batches: keyword arguments for `model.forward`. One sequence each gives the least noise for the tokens.
         seed: seed of the labels that are drawn from the model's predictions.
