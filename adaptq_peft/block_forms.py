@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
@@ -28,6 +28,7 @@ from .quantization import (
     quantize_linear,
 )
 from .quantization.calibrated import CalibratedLinears
+from .quantization.precision_plan import PRECISIONS, PrecisionPlan
 from .selection import Block
 
 
@@ -42,12 +43,15 @@ class QuantizationReport:
             None of them gets a correction.
         corrected: dotted names of the linears that got a low-rank correction.
         plain: dotted name of each linear that was rounded plainly although calibration was asked for -> why.
+        precision: with quantization "auto", the plan of the adapter that was made last; what it leaves in the original
+            precision is not in `left`.
     """
 
     swapped: list[str] = field(default_factory=list)
     restored: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     plain: dict[str, str] = field(default_factory=dict)
+    precision: PrecisionPlan | None = None
     corrected: list[str] = field(default_factory=list)
 
 
@@ -59,6 +63,7 @@ class Wishes:
         adapter_name: its name.
         adapted: indices of the blocks that it adapts.
         settings: how the linears of all other blocks are quantized; `None`: they are not.
+        precision: a plan that says it for each linear instead of `settings`, which are those of its 4-bit ones.
         original_weights: one of `ORIGINAL_WEIGHTS`.
         revision: of the base model's checkpoint.
         is_excluded: whether the user excluded the layer with a dotted name.
@@ -76,6 +81,7 @@ class Wishes:
     original_weights: str
     revision: str | None
     is_excluded: Callable[[str], bool]
+    precision: PrecisionPlan | None = None
     calibrate: Callable[[dict[str, nn.Module]], CalibratedLinears] | None = None
     load_codes: Callable[[str, nn.Module], None] | None = None
     corrected_rank: int = 0
@@ -106,7 +112,7 @@ class BlockForms:
     """
 
     def __init__(self, model: nn.Module, blocks: list[Block], wishes: Wishes, others: list[str]) -> None:
-        self.report = QuantizationReport()
+        self.report = QuantizationReport(precision=wishes.precision)
         self.repairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._model = model
         self._wishes = wishes
@@ -160,7 +166,7 @@ class BlockForms:
             corrected = frozen and not reason and self._is_corrected(name, linear)
             if corrected:
                 self.report.corrected.append(name)
-            if frozen and not reason and self._wishes.settings is not None:
+            if frozen and not reason and self._settings_of(name) is not None:
                 forms = self._want_quantized(name, module, block)
                 if corrected and self._wishes.repairs:
                     self._repair(name, *forms)
@@ -168,6 +174,10 @@ class BlockForms:
                 self._want_original(name, module)
             elif self._wishes.original_weights == "dequantized" and not self._others and not reason:
                 self._replacements[name] = dequantize_linear(self._quantize(name, module, block))
+
+    def _settings_of(self, name: str) -> QuantizationSettings | None:
+        plan = self._wishes.precision
+        return self._wishes.settings if plan is None else PRECISIONS[plan.precision[base_name(name)]]
 
     def _is_corrected(self, name: str, linear: nn.Module) -> bool:
         return self._wishes.corrected_rank > 0 and self._wishes.is_corrected(name, linear)
@@ -197,7 +207,8 @@ class BlockForms:
 
     def _calibrate(self, calibrate: Callable[[dict[str, nn.Module]], CalibratedLinears]) -> None:
         """Replace the layers that plain rounding has built by calibrated ones."""
-        originals = {name: self._model.get_submodule(name) for name in self.report.swapped}
+        in_4_bits = [name for name in self.report.swapped if cast(Any, self._settings_of(name)).bits == 4]
+        originals = {name: self._model.get_submodule(name) for name in in_4_bits}
         result = calibrate(originals)
         for name, layer in result.layers.items():
             origin = origin_of(self._replacements[name])
@@ -223,7 +234,7 @@ class BlockForms:
         self._replacements[name] = layer
 
     def _quantize(self, name: str, linear: nn.Module, block: Block) -> nn.Module:
-        settings = cast(QuantizationSettings, self._wishes.settings)
+        settings = cast(QuantizationSettings, self._settings_of(name))
         try:
             with align_module_device(linear):  # one that accelerate has offloaded stays on its device then
                 quantized = quantize_linear(linear, settings)

@@ -63,8 +63,11 @@ def plan(
         "adamw_torch"
     ),
     quantization: Annotated[
-        str, typer.Option(help="Of the frozen blocks: nf4, fp4, int8, hqq4, hqq3, hqq2 or none.")
+        str, typer.Option(help="Of the frozen blocks: nf4, fp4, int8, hqq4, hqq3, hqq2, none or auto.")
     ] = "nf4",
+    weight_budget: Annotated[
+        str | None, typer.Option(help='With auto, for the linears of the frozen blocks: "5.0 bits" or "1.5GiB".')
+    ] = None,
     delta_dtype: Annotated[str, typer.Option(help="Of what is trained, in all methods.")] = "float32",
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA and QLoRA.")] = 16,
     galore_rank: Annotated[int, typer.Option(min=1, help="Rank of galore_adamw.")] = 128,
@@ -81,6 +84,7 @@ def plan(
             num_adapted_blocks=num_blocks,
             layers_to_transform=_indices(blocks),
             quantization=quantization,
+            weight_budget=weight_budget,
             delta_dtype=delta_dtype,
         )
         if budget is not None:
@@ -124,8 +128,9 @@ def profile(
     try:
         config = AdaptQConfig(selection_strategy=strategy, selection_ratio=ratio, general_calibration_data=general)
         skeleton = build_skeleton(model)
+        loaded = None if stream else type(skeleton).from_pretrained(model)
         found = profile_activations(
-            model if stream else type(skeleton).from_pretrained(model),
+            model if loaded is None else loaded,
             data,
             general_data=general,
             tokenizer=AutoTokenizer.from_pretrained(model),
@@ -134,7 +139,8 @@ def profile(
             batch_size=batch_size,
         )
         config.profile = found
-        chosen, _ = choose_blocks(skeleton, find_blocks(skeleton), config)
+        profiled = skeleton if loaded is None else loaded  # only a model with weights can give sensitivities
+        chosen, found = choose_blocks(profiled, find_blocks(profiled), config)  # type: ignore[assignment]
         found.save(output)
     except (OSError, ValueError) as error:
         _fail(str(error), error)

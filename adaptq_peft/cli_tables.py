@@ -64,17 +64,22 @@ def show_scores(console: Console, profile: ActivationProfile, chosen: Collection
     """Print the statistics of each block, with the chosen ones marked."""
     about = f"{profile.num_samples} samples, {profile.num_tokens:,} tokens; chosen by {strategy!r}"
     table = Table(title=f"Activation profile: {about}", title_justify="left", box=None, padding=(0, 1))
-    general = profile.general_magnitude
-    for name in ("block", "magnitude", *(["on general text"] if general else []), "update"):
+    columns = {
+        "magnitude": profile.magnitude,
+        "on general text": profile.general_magnitude,
+        "update": profile.update,
+        "sensitivity": profile.sensitivity,
+    }
+    given = {name: values for name, values in columns.items() if values is not None}
+    for name in ("block", *given):
         table.add_column(name, justify="right")
     table.add_column("")
     table.add_column("")
     for block, value in enumerate(profile.magnitude):
-        numbers = [value, *([general[block]] if general else []), profile.update[block]]
         color = "blue" if block in chosen else "bright_black"
         bar = Bar(size=max(profile.magnitude), begin=0, end=value, width=30, color=color)
         mark = "[blue]adapted[/]" if block in chosen else "[dim]quantized[/]"
-        table.add_row(str(block), *(f"{number:.4f}" for number in numbers), bar, mark)
+        table.add_row(str(block), *(f"{values[block]:.4f}" for values in given.values()), bar, mark)
     console.print(table)
 
 

@@ -20,6 +20,7 @@ from .artifacts.model_card import CERTIFIED, STAGES, update_model_card
 from .artifacts.quantized_base import QuantizedBaseReference
 from .quantization import ORIGINAL_WEIGHTS, QUANTIZATION_NAMES, resolve_quantization
 from .quantization.calibrated import CALIBRATION_METHODS
+from .quantization.precision_plan import PRECISIONS, weight_budget_bytes
 from .registration import ensure_peft_type
 from .selection import ActivationProfile, selection_strategy_names, strategy_needs_general_profile
 
@@ -50,7 +51,8 @@ class AdaptQConfig(PeftConfig):
         selection_ratio: alpha in (0, 1]: K = floor(alpha * L) of the L blocks are adapted, at least 1. Default 0.5.
         num_adapted_blocks: K itself, between 1 and L. `None` (default) computes it from `selection_ratio`.
         selection_strategy: which blocks: a name in the registry of `adaptq_peft.selection` ("activation", "update",
-            "contrast", "random", "first", "last", or your own). Default "activation", the paper's rule.
+            "contrast", "sensitivity", "activation+sensitivity", "random", "first", "last", or your own). Default
+            "activation", the paper's rule.
         selection_seed: seed of the strategy "random". Default 0.
         layers_to_transform: explicit block indices (0-based, an int or a list). Skips the profile and the strategy.
             Holds the adapted blocks once the adapter is made.
@@ -68,7 +70,8 @@ class AdaptQConfig(PeftConfig):
         calibration_data: domain data that is profiled: `list[str]`, `list[dict]` (with "text", "messages" or
             "input_ids"), a `datasets.Dataset`, a `DataLoader`, or the path of a .txt, .json or .jsonl file. Runtime
             only. `None` (default): the model writes its own calibration text, with a warning.
-        general_calibration_data: general data, in the same forms, for strategies that compare. Runtime only.
+        general_calibration_data: general data, in the same forms, for strategies that compare, calibrated rounding
+            and predicted rises of the loss. Runtime only.
         calibration_tokenizer: tokenizer for texts. Runtime only. `None`: that of the model's `name_or_path`.
         calibration_samples: how many samples are profiled at most. Default 100.
         calibration_max_length: tokens a sample is cut to. Default 512.
@@ -79,6 +82,7 @@ class AdaptQConfig(PeftConfig):
             `transformers.BitsAndBytesConfig`. The names mean bitsandbytes with nested absmax (double quantization).
             "hqq4", "hqq3", "hqq2" or a `transformers.HqqConfig`: HQQ with groups of 64, 4.5, 3.7 and 2.5 bits a weight
             with their scales; needs `pip install "adaptq_peft[hqq]"`. Its codes are saved with the adapter.
+            "auto": each linear gets "nf4", "int8" or "none", by a plan within `weight_budget` or by `precision`.
         quantization_calibration: how the codes of the frozen blocks are chosen. `None` (default): plain rounding.
             "auto", "absmax", "gptq", "descent" or "asymmetric": calibrated on `calibration_data`,
             `general_calibration_data` and text that the model writes itself. The codes are saved with the adapter.
@@ -86,6 +90,11 @@ class AdaptQConfig(PeftConfig):
             `adaptq quantize-base` writes it; the linears of the frozen blocks take theirs from there. A
             `QuantizedBaseReference` names a revision, too. The saved adapter holds the reference, with the file's
             SHA-256. `None` (default): codes are made here.
+        weight_budget: with quantization "auto", what the weights of the frozen blocks' linears may take with their
+            scales: bytes as an integer, "1.5GiB" or "700MB", or bits a weight on average, "5.0 bits". Embeddings,
+            norms, adapted blocks and linears that can't be quantized do not count.
+        precision: with quantization "auto", dotted name of each linear -> "nf4", "int8" or "none". Skips the
+            measurement. Holds the plan for the linears of the frozen blocks once the adapter is made.
         original_weights: where the original weights of a linear come from that is quantized already: because the model
             arrived in 4 bits, another adapter on it has frozen that block, or `unload()` takes all adapters off.
             "checkpoint" (default): the safetensors checkpoint of the model, local or in the Hub's cache, tensor by
@@ -137,6 +146,8 @@ class AdaptQConfig(PeftConfig):
     quantization: str | dict | BitsAndBytesConfig | HqqConfig = "nf4"
     quantization_calibration: str | None = None
     quantized_base: QuantizedBaseReference | str | dict | None = None
+    weight_budget: int | str | None = None
+    precision: dict[str, str] | None = None
     original_weights: str = "checkpoint"
     delta_scaling: float = 0.25
     delta_dtype: str | None = None
@@ -303,12 +314,33 @@ def _check_quantization(config: AdaptQConfig) -> Iterator[str]:
         except ValueError as error:
             yield str(error)
         return
-    if config.quantization in QUANTIZATION_NAMES:
+    if config.quantization in (*QUANTIZATION_NAMES, "auto"):
         return
     yield (
-        f"quantization is {config.quantization!r}; allowed: {list(QUANTIZATION_NAMES)}, a "
+        f"quantization is {config.quantization!r}; allowed: {[*QUANTIZATION_NAMES, 'auto']}, a "
         "transformers.BitsAndBytesConfig or a transformers.HqqConfig"
     )
+
+
+def _check_precision(config: AdaptQConfig) -> Iterator[str]:
+    budget, precision = config.weight_budget, config.precision
+    if config.quantization != "auto":
+        if budget is not None or precision is not None:
+            yield f"weight_budget and precision are for quantization 'auto'; quantization is {config.quantization!r}"
+        return
+    if budget is None and precision is None:
+        yield 'quantization "auto" needs a weight_budget, such as "5.0 bits" or "1.5GiB", or precision'
+    if config.original_weights == "dequantized":
+        yield 'original_weights "dequantized" rounds adapted blocks, too, for which quantization "auto" plans nothing'
+    if budget is not None:
+        try:
+            weight_budget_bytes(budget, num_weights=1)
+        except ValueError as error:
+            yield str(error)
+    is_dict = precision is None or isinstance(precision, dict)
+    wrong = [form for form in (precision or {}).values() if form not in PRECISIONS] if is_dict else [precision]
+    if wrong:
+        yield f"precision has {wrong[0]!r}; allowed: None or a dict, names of linears to one of {list(PRECISIONS)}"
 
 
 def _check_quantization_calibration(config: AdaptQConfig) -> Iterator[str]:
@@ -339,7 +371,7 @@ def _check_quantized_base(config: AdaptQConfig) -> Iterator[str]:
             f"quantized_base holds calibrated codes, and quantization_calibration is "
             f"{config.quantization_calibration!r}; leave that out"
         )
-    if _is_not_calibrated(config):
+    if config.quantization == "auto" or _is_not_calibrated(config):
         yield f"quantized_base holds 4-bit codes, and quantization is {config.quantization!r}; leave one of them out"
     if config.original_weights == "dequantized":
         yield 'quantized_base is for frozen blocks, and original_weights "dequantized" rounds adapted ones; choose one'
@@ -437,6 +469,7 @@ _CHECKS = (
     _check_quantization,
     _check_quantization_calibration,
     _check_quantized_base,
+    _check_precision,
     _check_original_weights,
     _check_scaling,
     _check_dtype,

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import nn
 
+from .block_forms import linears_of
 from .config import AdaptQConfig
 from .layer import AdaptQLayer
+from .module_names import base_name
 from .offloading import check_weights_reachable
-from .quantization import is_quantized, quantization_on_arrival, resolve_quantization
+from .precision import choose_precision, measure_block_sensitivity
+from .quantization import (
+    QuantizationSettings,
+    is_quantized,
+    quantization_on_arrival,
+    resolve_quantization,
+    settings_of,
+)
+from .quantization.precision_plan import PRECISIONS, PrecisionPlan
 from .selection import (
     ActivationProfile,
     Block,
@@ -23,6 +33,7 @@ from .selection import (
     select_blocks,
     strategy_needs_general_profile,
     strategy_needs_profile,
+    strategy_needs_sensitivity,
 )
 from .targets import find_targets, is_excluded
 
@@ -38,6 +49,7 @@ class AdapterPlan:
         targets: dotted names of the layers that get deltas.
         quantization: how the linears of the other blocks are stored: the config's, or that of a model that arrived
             quantized.
+        precision: with quantization "auto", how each linear of them is stored.
     """
 
     blocks: list[Block]
@@ -45,6 +57,7 @@ class AdapterPlan:
     profile: ActivationProfile | None
     targets: list[str]
     quantization: str | dict[str, Any]
+    precision: PrecisionPlan | None = None
 
 
 def make_plan(model: nn.Module, config: AdaptQConfig, others: Mapping[str, AdaptQConfig]) -> AdapterPlan:
@@ -66,7 +79,9 @@ def make_plan(model: nn.Module, config: AdaptQConfig, others: Mapping[str, Adapt
     quantization = _quantization(model, config)
     _check_others(model, config, quantization, others)
     _check_modules_to_save(model, config)
-    return AdapterPlan(blocks, adapted, profile, targets, quantization)
+    precision = choose_precision(model, blocks, adapted, config) if quantization == "auto" else None
+    _check_codes([block for block in blocks if block.index not in adapted], quantization, precision, others)
+    return AdapterPlan(blocks, adapted, profile, targets, quantization, precision)
 
 
 def _blocks_or_none(model: nn.Module, config: AdaptQConfig) -> list[Block]:
@@ -113,6 +128,8 @@ def choose_blocks(
             f"the profile is of a model with {len(profile.magnitude)} blocks, and {type(model).__name__} has "
             f"{len(blocks)}; profile this model"
         )
+    if profile is not None and profile.sensitivity is None and strategy_needs_sensitivity(config.selection_strategy):
+        profile = replace(profile, sensitivity=measure_block_sensitivity(model, blocks, config))
     request = SelectionRequest(num_blocks=len(blocks), profile=profile, seed=config.selection_seed)
     return select_blocks(config.selection_strategy, request, count), profile
 
@@ -168,7 +185,7 @@ def _check_modules_to_save(model: nn.Module, config: AdaptQConfig) -> None:
 def _quantization(model: nn.Module, config: AdaptQConfig) -> str | dict[str, Any]:
     """The settings of a model that arrived quantized, else those of the config."""
     arrived = quantization_on_arrival(model)
-    if arrived is None:
+    if arrived is None or config.quantization == "auto":  # a plan; _check_codes compares it with what arrived
         return config.quantization  # type: ignore[return-value]  # AdaptQConfig has made it a name or a dict
     asked, found = resolve_quantization(config.quantization), resolve_quantization(arrived)
     is_saved_adapter = config.base_fingerprint is not None
@@ -188,7 +205,8 @@ def _check_others(
     settings = resolve_quantization(quantization)
     for name, other in others.items():
         other_settings = resolve_quantization(other.quantization)
-        if settings and other_settings and not settings.same_codes(other_settings):
+        planned = "auto" in (quantization, other.quantization)  # then _check_codes compares linear by linear
+        if settings and other_settings and not planned and not settings.same_codes(other_settings):
             raise ValueError(
                 f"The new adapter wants its frozen blocks in {settings.describe()}, and adapter {name!r} on this "
                 f"model has them in {other_settings.describe()}. Give both the same quantization, or put the new one "
@@ -206,3 +224,34 @@ def _check_others(
             f"Adapters are merged into {len(merged)} layers of this model, so a new one would start from merged "
             "weights. Call unmerge_adapter() first."
         )
+
+
+def _check_codes(
+    frozen: list[Block],
+    quantization: str | dict[str, Any],
+    plan: PrecisionPlan | None,
+    others: Mapping[str, AdaptQConfig],
+) -> None:
+    """With a plan, here or of another adapter, linears that are quantized already must be as this one wants them."""
+    if plan is None and not any(other.quantization == "auto" for other in others.values()):
+        return
+    different: list[str] = []
+    for name, found in _quantized_forms(frozen):
+        wanted = resolve_quantization(quantization) if plan is None else PRECISIONS[plan.precision.get(name, "none")]
+        if wanted is not None and not wanted.same_codes(found):
+            different.append(f"{name} is in {found.describe()} instead of {wanted.describe()}")
+    if different:
+        raise ValueError(
+            f"This model has {len(different)} linears quantized otherwise than the new adapter wants them: "
+            f"{different[0]}. Load the base in 16 bits, and put adapters with different precisions on bases of their "
+            "own."
+        )
+
+
+def _quantized_forms(blocks: list[Block]) -> Iterator[tuple[str, QuantizationSettings]]:
+    for block in blocks:
+        for name, module in linears_of(block):
+            forms = (module.base_layer, module.adaptq_frozen) if isinstance(module, AdaptQLayer) else (module,)
+            for form in forms:
+                if form is not None and is_quantized(form):
+                    yield base_name(name), settings_of(form)

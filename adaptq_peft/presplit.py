@@ -55,8 +55,8 @@ def adaptq_bnb_config(
             the config, as `from_pretrained` without a dtype takes; float32 if the config has none.
 
     Raises:
-        ValueError: if no blocks are given or found, an index is out of range, the checkpoint is quantized already, or
-            nothing would be quantized.
+        ValueError: if no blocks are given or found, an index is out of range, the checkpoint is quantized already,
+            nothing would be quantized, or `quantization` is "auto" and the plan is unknown or has int8 linears.
     """
     adapter_config = _adapter_config(adapter)
     settings = resolve_quantization(adapter_config.quantization)
@@ -66,9 +66,12 @@ def adaptq_bnb_config(
         raise ValueError(f"only bitsandbytes quantizes while loading, not {settings.describe()}; {_LOAD_PLAIN}")
     skeleton = _skeleton(adapter_config.base_model_name_or_path if model is None else model)
     frozen = _frozen_blocks(skeleton, adapter_config)
+    plan = _plan_of(frozen, adapter_config)
     prefix = getattr(skeleton, "base_model_prefix", "")
     skipped = [_all_but(frozen, prefix)]
-    skipped += [name.removeprefix(f"{prefix}.") for name in _left_linears(skeleton, frozen, settings, adapter_config)]
+    left = _left_linears(skeleton, frozen, settings, adapter_config)
+    left += [name for name, precision in plan.items() if precision == "none"]
+    skipped += [name.removeprefix(f"{prefix}.") for name in left]
     compute_dtype = settings.compute_dtype or dtype or _config_dtype(skeleton)
     return BitsAndBytesConfig(
         load_in_4bit=settings.bits == 4,
@@ -95,6 +98,26 @@ def _adapter_config(adapter: AdaptQConfig | Sequence[int] | int | str | os.PathL
             "disk"
         )
     return adapter
+
+
+def _plan_of(frozen: list[Block], config: AdaptQConfig) -> dict[str, str]:
+    """The precision of each linear of the frozen blocks, if `quantization` is "auto"; empty otherwise."""
+    if config.quantization != "auto":
+        return {}
+    if config.precision is None:
+        raise ValueError(
+            'quantization is "auto" and precision is None: the plan is measured on the 16-bit model. Make the adapter '
+            "on that, or set precision to that of an adapter that was made."
+        )
+    inside = tuple(f"{block.name}." for block in frozen)
+    plan = {name: precision for name, precision in config.precision.items() if name.startswith(inside)}
+    in_8_bits = [name for name, precision in plan.items() if precision == "int8"]
+    if in_8_bits:
+        raise ValueError(
+            f"the plan stores {len(in_8_bits)} linears in int8, the first is {in_8_bits[0]}, and others in 4 bits; a "
+            f"BitsAndBytesConfig has one precision. So {_LOAD_PLAIN}, and get_peft_model quantizes it in memory."
+        )
+    return plan
 
 
 def _skeleton(model: PreTrainedConfig | nn.Module | str | os.PathLike[str] | None) -> nn.Module:

@@ -129,6 +129,8 @@ class AdaptQTuner(BaseTuner):
         config.layers_to_transform = plan.adapted or None
         config.profile = plan.profile
         config.quantization = plan.quantization
+        config.precision = plan.precision.precision if plan.precision else None
+        self.quantization_report.precision = report.precision or self.quantization_report.precision
         self.quantization_report.swapped.extend(report.swapped)
         self.quantization_report.restored.extend(report.restored)
         self.quantization_report.left.update(report.left)
@@ -464,6 +466,7 @@ def _wishes(
         adapter_name=adapter_name,
         adapted=plan.adapted,
         settings=resolve_quantization(plan.quantization),
+        precision=plan.precision,
         original_weights=config.original_weights,
         revision=config.revision,
         is_excluded=lambda name: is_excluded(name, config),

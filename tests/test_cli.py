@@ -170,6 +170,27 @@ def test_quantize_base_says_what_is_wrong(checkpoint, tmp_path):
     assert "Error: blocks [9] are not in the model, which has 4: 0 to 3" in result.output
 
 
+def test_profile_with_sensitivities(checkpoint, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("adaptq_peft.precision.SEQUENCES", 4)
+    output = str(tmp_path / "profile.json")
+    options = ["--data", texts, "--output", output, "--strategy", "sensitivity"]
+    result = RUNNER.invoke(app, ["profile", checkpoint, *options])
+    assert result.exit_code == 0, result.output
+    assert "sensitivity" in result.output
+    assert len(AdaptQConfig(profile=output).profile.sensitivity) == 4
+    result = RUNNER.invoke(app, ["profile", checkpoint, *options, "--stream"])
+    assert result.exit_code == 1
+    assert "is on the meta device and has no weights" in result.output.replace("\n", " ")
+
+
+def test_plan_of_memory_with_a_weight_budget(checkpoint):
+    options = ["--quantization", "auto", "--weight-budget", "6 bits"]
+    result = RUNNER.invoke(app, ["plan", checkpoint, *options, "--num-blocks", "1", "--json"])
+    assert result.exit_code == 0, result.output
+    config = AdaptQConfig(num_adapted_blocks=1, quantization="auto", weight_budget="6 bits", delta_dtype="float32")
+    assert json.loads(result.output) == plan_memory(checkpoint, config).to_dict()
+
+
 @pytest.fixture
 def site_packages(tmp_path, monkeypatch):
     monkeypatch.setattr(autoload.sysconfig, "get_path", lambda name: str(tmp_path))

@@ -58,7 +58,7 @@ def quantize_base(
         blocks: indices of the blocks, from 0. `None` (default): all, so that each adapter finds those it freezes.
         quantization: "nf4" (default), "fp4" or a `transformers.BitsAndBytesConfig` with 4 bits, as in `AdaptQConfig`.
         calibration: as `quantization_calibration` of `AdaptQConfig`. Default "auto", which is "descent" here:
-            "asymmetric" makes up for what was rounded before, so it is right only for adapters that freeze all `blocks`.
+            "asymmetric" makes up for what was rounded before: right only for adapters that freeze all `blocks`.
         data: texts of the domain, in any form that `AdaptQConfig.calibration_data` takes.
         general_data: general texts. Beside both kinds the model writes text itself.
         tokenizer: for texts. `None` (default): that of the model's `name_or_path`.

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count, groupby
 from pathlib import Path
@@ -37,6 +38,13 @@ CERTIFIED = (
     *("num_documents", "num_tokens"),
 )
 ADAPTER_PLACEHOLDER = "USER/REPOSITORY"
+
+#: What a profile may hold for each block, and what the card says about it.
+_STATISTICS = {
+    "magnitude": "mean(abs(H)) of a block's output H",
+    "update": "how much the block changes its input, relative",
+    "sensitivity": "predicted rise of the general loss, in nats a token, if the block's linears are quantized",
+}
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
@@ -191,7 +199,9 @@ def _facts(config: Mapping[str, Any], weights: Weights) -> list[tuple[str, str]]
     facts = [("base model", _base(config)), ("recognized by", _fingerprint(config.get("base_fingerprint")))]
     if num_blocks:
         facts.append(("adapted blocks", f"{_ranges(adapted)} ({len(adapted)} of {num_blocks}), {_chosen(config)}"))
-        facts.append(("frozen blocks", _quantization(config.get("quantization"))))
+        facts.append(("frozen blocks", _quantization(config.get("quantization"), config.get("precision"))))
+        if config.get("quantization") == "auto" and config.get("weight_budget") is not None:
+            facts.append(("budget of the plan", _budget(config["weight_budget"])))
         facts.extend(("codes of the frozen blocks", codes) for codes in _calibrated_codes(config))
     if weights.num_values is not None:
         facts.append(("trained parameters", f"{weights.num_values:,}"))
@@ -230,7 +240,17 @@ def _chosen(config: Mapping[str, Any]) -> str:
     return f"rule `{strategy}`" if strategy in ("random", "first", "last") else "given by index"
 
 
-def _quantization(quantization: Any) -> str:
+def _budget(budget: int | str) -> str:
+    """Of the weights of the frozen blocks' linears; bits are on average."""
+    return f"{budget:,} bytes" if isinstance(budget, int) else f"{budget} a weight" if "bit" in budget else budget
+
+
+def _quantization(quantization: Any, precision: Mapping[str, str] | None) -> str:
+    if quantization == "auto":
+        counts = Counter((precision or {}).values())
+        names = {"nf4": "NF4 with nested absmax", "int8": "LLM.int8()", "none": "the base's precision"}
+        used = [f"{counts[key]} in {name}" for key, name in names.items() if counts[key]]
+        return f"linears by plan: {', '.join(used)}"
     if not isinstance(quantization, Mapping):
         names = {
             "nf4": "4 bits, NF4, nested absmax",
@@ -295,14 +315,14 @@ def _profile(config: Mapping[str, Any]) -> list[str]:
     if not profile:
         return []
     adapted, _ = _blocks(config)
+    columns = {name: text for name, text in _STATISTICS.items() if profile.get(name)}
+    values = zip(*(profile[name] for name in columns), strict=True)
     rows = [
-        (str(index), f"{magnitude:.3g}", f"{update:.3g}", "adapted" if index in adapted else "frozen")
-        for index, (magnitude, update) in enumerate(zip(profile["magnitude"], profile["update"], strict=True))
+        (str(index), *(f"{value:.3g}" for value in row), "adapted" if index in adapted else "frozen")
+        for index, row in enumerate(values)
     ]
-    explained = (
-        "magnitude: mean(abs(H)) of a block's output H; update: how much the block changes its input, relative."
-    )
-    return ["### Activation profile", explained, _table(("block", "magnitude", "update", ""), rows)]
+    explained = "; ".join(f"{name}: {text}" for name, text in columns.items()) + "."
+    return ["### Activation profile", explained, _table(("block", *columns, ""), rows)]
 
 
 def _how_to_load(config: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from torch import nn
 from ..config import AdaptQConfig
 from ..layer import AdaptQLayer
 from ..module_names import base_name, is_inside_a_wrapper
-from ..quantization import is_quantized, load_quantized, origin_of, resolve_quantization
+from ..quantization import is_quantized, load_quantized, origin_of, resolve_quantization, settings_of
 
 PREFIX = "base_model.model."
 _KEY = ".adaptq_frozen."
@@ -117,10 +117,18 @@ def _quantized_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str
         own = name.removeprefix(PREFIX)
         if isinstance(module, AdaptQLayer):
             seen = module.form_for([adapter_name])
-            if is_quantized(seen):
+            if _is_saved(seen):
                 yield base_name(own), seen
-        elif is_quantized(module) and not is_inside_a_wrapper(name):
+        elif _is_saved(module) and not is_inside_a_wrapper(name):
             yield base_name(own), module
+
+
+def _is_saved(module: nn.Module) -> bool:
+    """int8 of a precision plan is made again from the base's weights, always the same."""
+    if not is_quantized(module):
+        return False
+    settings = settings_of(module)
+    return settings.backend != "bitsandbytes" or settings.bits == 4
 
 
 def _others_see(model: nn.Module, name: str, adapter_name: str) -> bool:

@@ -17,7 +17,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..block_forms import linears_of
 from ..config import AdaptQConfig
 from ..plan import choose_blocks
+from ..precision import assume_precision, choose_precision
 from ..quantization import LeaveReasons, QuantizationSettings, quantize_on_meta, resolve_quantization
+from ..quantization.precision_plan import PRECISIONS
 from ..selection import find_blocks, strategy_needs_profile
 from ..skeleton import build_skeleton
 from ..targets import is_excluded
@@ -100,7 +102,8 @@ def plan_memory(
     Args:
         model: folder or Hub repository of the 16-bit checkpoint, or its config.
         config: the adapter's config. Blocks that would be chosen by a profile that it does not have are taken to be
-            the last K: in a model of equal blocks the bytes are the same. `None` (default): `AdaptQConfig()`.
+            the last K: in a model of equal blocks the bytes are the same. A plan for quantization "auto" that it does
+            not have is taken to be one that treats all weights alike. `None` (default): `AdaptQConfig()`.
         dtype: as given to `from_pretrained`. `None` (default): that of the checkpoint's config, else of its tensors.
         lora_rank: r of LoRA and QLoRA.
         galore_rank: rank of "galore_adamw".
@@ -222,8 +225,15 @@ def _adaptq_model(model: nn.Module, config: AdaptQConfig) -> tuple[nn.Module, in
         chosen.selection_strategy = "last"
     adapted, _ = choose_blocks(model, blocks, chosen)
     settings = resolve_quantization(chosen.quantization)
+    frozen = [block for block in blocks if block.index not in adapted]
+    if chosen.quantization == "auto":
+        is_known = chosen.precision is not None
+        plan = (
+            choose_precision(model, blocks, adapted, chosen) if is_known else assume_precision(model, frozen, chosen)
+        )
+        chosen.precision = plan.precision
     if settings is not None:
-        _quantize(model, [block.index for block in blocks if block.index not in adapted], settings, chosen)
+        _quantize(model, [block.index for block in frozen], settings, chosen, chosen.precision)
     # "dequantized" would round the adapted blocks' weights, which takes values and changes no size.
     chosen.layers_to_transform, chosen.original_weights = list(adapted), "checkpoint"
     chosen.quantized_base = None  # its codes have the bytes of any others
@@ -250,13 +260,20 @@ def _cast_trained(model: nn.Module, config: AdaptQConfig) -> nn.Module:
     return model
 
 
-def _quantize(model: nn.Module, indices: list[int], settings: QuantizationSettings, config: AdaptQConfig) -> None:
-    """Quantize the linears of blocks as `get_peft_model` does, without values."""
+def _quantize(
+    model: nn.Module,
+    indices: list[int],
+    settings: QuantizationSettings,
+    config: AdaptQConfig,
+    precision: dict[str, str] | None = None,
+) -> None:
+    """Quantize the linears of blocks as `get_peft_model` does, without values; by a plan, if there is one."""
     reasons = LeaveReasons(model, settings, lambda name: is_excluded(name, config))
     for block in find_blocks(model, config.layers_pattern):
         reasons.look_into(block)
         if block.index not in indices:
             continue
         for name, linear in linears_of(block):
-            if not reasons.of(name, linear):
-                model.set_submodule(name, quantize_on_meta(linear, settings))
+            planned = settings if precision is None else PRECISIONS[precision.get(name, "none")]
+            if planned is not None and not reasons.of(name, linear):
+                model.set_submodule(name, quantize_on_meta(linear, planned))

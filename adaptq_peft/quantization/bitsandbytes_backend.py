@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -80,9 +81,26 @@ def _load_quant_state(module: Any, state_dict: dict[str, Any], prefix: str, *_: 
         module.weight.quant_state = module.quant_state = state
 
 
+class _FirstOfEach(logging.Filter):
+    """Lets each message pass once: `Linear8bitLt` says at each call that it casts its input to float16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        is_new = record.msg not in self._seen
+        self._seen.add(record.msg)
+        return is_new
+
+
+_FIRST_OF_EACH = _FirstOfEach()
+
+
 def _linear_8bit(weight: torch.Tensor, bias: bool, settings: QuantizationSettings) -> nn.Module:
     import bitsandbytes as bnb
 
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_FIRST_OF_EACH)  # added once, as the same object
     out_features, in_features = weight.shape
     layer = bnb.nn.Linear8bitLt(
         in_features,

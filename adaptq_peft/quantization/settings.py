@@ -72,6 +72,7 @@ _NAMED: dict[str, QuantizationSettings | None] = {
     "hqq3": QuantizationSettings(bits=3, backend="hqq"),
     "hqq2": QuantizationSettings(bits=2, backend="hqq"),
     "none": None,
+    "auto": QuantizationSettings(bits=4, quant_type="nf4"),
 }
 QUANTIZATION_NAMES = tuple(_NAMED)
 
@@ -82,6 +83,8 @@ def resolve_quantization(
     """Settings for one of `QUANTIZATION_NAMES`, a `BitsAndBytesConfig`, an `HqqConfig` or the dict of one.
 
     `None` for "none".
+
+    For "auto", those of the linears that its plan stores in 4 bits.
 
     Raises:
         ValueError: if a `BitsAndBytesConfig` asks for neither 4 nor 8 bits, or an `HqqConfig` for what is not

@@ -9,6 +9,7 @@ from .strategies import (
     selection_strategy_names,
     strategy_needs_general_profile,
     strategy_needs_profile,
+    strategy_needs_sensitivity,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "selection_strategy_names",
     "strategy_needs_general_profile",
     "strategy_needs_profile",
+    "strategy_needs_sensitivity",
 ]

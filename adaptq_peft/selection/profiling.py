@@ -35,6 +35,8 @@ class ActivationProfile:
         num_samples: samples profiled.
         num_tokens: tokens profiled, padding not counted.
         general_magnitude: a_l on general data; `None` if no general data was given.
+        sensitivity: predicted rise of the general loss if the block's linears are quantized, in nats a token, L
+            floats; `None` if no strategy asked for it.
     """
 
     magnitude: list[float]
@@ -42,6 +44,7 @@ class ActivationProfile:
     num_samples: int
     num_tokens: int
     general_magnitude: list[float] | None = None
+    sensitivity: list[float] | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON; `AdaptQConfig(profile=path)` reads it."""

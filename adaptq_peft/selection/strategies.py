@@ -10,7 +10,7 @@ from typing import Literal
 
 from .profiling import ActivationProfile
 
-ProfileNeed = Literal["none", "domain", "domain and general"]
+ProfileNeed = Literal["none", "domain", "domain and general", "domain and sensitivity"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def register_selection_strategy(
 
     Args:
         name: the name; registering one again replaces it.
-        needs: "none" (nothing is profiled), "domain" (default) or "domain and general".
+        needs: "none" (nothing is profiled), "domain" (default), "domain and general", or "domain and sensitivity"
+            (`ActivationProfile.sensitivity` is measured, too).
     """
 
     def register(score: SelectionStrategy) -> SelectionStrategy:
@@ -72,6 +73,11 @@ def strategy_needs_profile(name: str) -> bool:
 def strategy_needs_general_profile(name: str) -> bool:
     """Whether the strategy compares domain data with general data."""
     return _REGISTRY[name].needs == "domain and general"
+
+
+def strategy_needs_sensitivity(name: str) -> bool:
+    """Whether the strategy looks at what quantizing each block costs."""
+    return _REGISTRY[name].needs == "domain and sensitivity"
 
 
 def select_blocks(name: str, request: SelectionRequest, count: int) -> list[int]:
@@ -136,6 +142,29 @@ def _contrast(request: SelectionRequest) -> Sequence[float]:
             "selection strategy 'contrast' needs a profile made with general data; pass general_calibration_data"
         )
     return [domain / general for domain, general in zip(profile.magnitude, profile.general_magnitude, strict=True)]
+
+
+@register_selection_strategy("sensitivity", needs="domain and sensitivity")
+def _sensitivity(request: SelectionRequest) -> Sequence[float]:
+    """The predicted rise of the general loss if the block is quantized: those that suffer most stay as they are."""
+    found = _profile(request).sensitivity
+    if found is None:
+        raise ValueError("this selection strategy needs a profile with sensitivities, and none were measured")
+    return found
+
+
+@register_selection_strategy("activation+sensitivity", needs="domain and sensitivity")
+def _activation_and_sensitivity(request: SelectionRequest) -> Sequence[float]:
+    """The mean of a block's rank by activation and its rank by sensitivity, 0 for the lowest: scales do not matter."""
+    ranks = (_ranks(_profile(request).magnitude), _ranks(_sensitivity(request)))
+    return [(activation + sensitivity) / 2 for activation, sensitivity in zip(*ranks, strict=True)]
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """How many values are lower than each; those that are equal to it count half, itself left out."""
+    return [
+        sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2 for value in values
+    ]
 
 
 @register_selection_strategy("random", needs="none")

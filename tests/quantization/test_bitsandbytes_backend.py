@@ -6,7 +6,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from adaptq_peft.quantization import dequantize_linear, is_quantized, quantize_linear, resolve_quantization
+from adaptq_peft.quantization import (
+    bitsandbytes_backend,
+    dequantize_linear,
+    is_quantized,
+    quantize_linear,
+    resolve_quantization,
+)
 
 #: Largest relative error of the output of a Gaussian layer; about 1.3 times what was measured.
 OUTPUT_ERROR = {"nf4": 0.12, "fp4": 0.16, "int8": 0.02}
@@ -123,3 +129,13 @@ def test_quantized_on_the_gpu(name):
     assert (quantized(x) - expected).norm() / expected.norm() < 1.2 * OUTPUT_ERROR[name]
     quantized(x).float().sum().backward()
     assert x.grad is not None
+
+
+def test_the_cast_to_float16_is_logged_once_not_at_each_call(monkeypatch, caplog):
+    monkeypatch.setattr(bitsandbytes_backend._FIRST_OF_EACH, "_seen", set())
+    linear = quantize_linear(make_linear(), resolve_quantization("int8")).eval()
+    for _ in range(3):
+        linear(torch.randn(2, 128))
+    assert [record.getMessage() for record in caplog.records] == [
+        "MatMul8bitLt: inputs will be cast from torch.float32 to float16 during quantization"
+    ]

@@ -11,6 +11,7 @@ PROFILE = ActivationProfile(
     num_samples=50,
     num_tokens=500,
     general_magnitude=[0.5, 8.0, 1.5, 3.0],
+    sensitivity=[0.4, 0.1, 0.1, 0.05],
 )
 
 
@@ -38,6 +39,8 @@ def register():
         ("activation", [1, 3]),
         ("update", [0, 2]),
         ("contrast", [0, 2]),
+        ("sensitivity", [0, 2]),
+        ("activation+sensitivity", [0, 1]),  # ranks 0, 3, 1, 2 and 3, 1.5, 1.5, 0
         ("first", [0, 1]),
         ("last", [2, 3]),
     ],
@@ -89,3 +92,6 @@ def test_a_profile_is_needed():
     domain_only = ActivationProfile(magnitude=[1.0] * 4, update=[1.0] * 4, num_samples=1, num_tokens=1)
     with pytest.raises(ValueError, match="pass general_calibration_data"):
         select("contrast", 2, profile=domain_only)
+    for name in ("sensitivity", "activation+sensitivity"):
+        with pytest.raises(ValueError, match="needs a profile with sensitivities, and none were measured"):
+            select(name, 2, profile=domain_only)
