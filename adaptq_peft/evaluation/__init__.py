@@ -1,7 +1,7 @@
 """Is it true: perplexity, degradation, and bytes measured from the tensors, or planned before there are any."""
 
 from .memory import WeightBytes, measure_weight_bytes, paper_weight_ratio
-from .memory_plan import MemoryPlan, MethodMemory, largest_num_adapted_blocks, plan_memory
+from .memory_plan import MemoryPlan, MethodMemory, largest_num_adapted_blocks, measure_method, plan_memory
 from .optimizer_states import OPTIMIZERS, optimizer_state_bytes, trained_parameters
 from .perplexity import Perplexity, degradation, evaluate_perplexity, token_nll
 
@@ -14,6 +14,7 @@ __all__ = [
     "degradation",
     "evaluate_perplexity",
     "largest_num_adapted_blocks",
+    "measure_method",
     "measure_weight_bytes",
     "optimizer_state_bytes",
     "paper_weight_ratio",
