@@ -64,7 +64,7 @@ class RunStore:
     def records(self) -> list[Record]:
         """All finished runs with this identity."""
         read = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.folder.glob("*.json"))]
-        return [record for record in read if self.identity.items() <= record["depends_on"].items()]
+        return [r for r in read if all(r["depends_on"].get(name) == value for name, value in self.identity.items())]
 
     def timed(self, method: Method) -> dict[str, float] | None:
         """The seconds of the parts of some finished run that trained as a method does, or `None`."""

@@ -60,7 +60,10 @@ class StudySettings:
 
     def of_a_run(self) -> dict[str, Any]:
         """The settings that decide what a run gives, as JSON types."""
-        return {name: value for name, value in asdict(self).items() if name not in _NOT_OF_A_RUN}
+        return {
+            **{name: value for name, value in asdict(self).items() if name not in _NOT_OF_A_RUN},
+            "scales": list(self.scales),
+        }
 
 
 _LEAST = {

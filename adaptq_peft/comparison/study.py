@@ -5,6 +5,7 @@ plan -> price -> search learning rates with the first seed -> repeat the chosen 
 
 from __future__ import annotations
 
+import gc
 import platform
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -75,6 +76,7 @@ def run_study(
             return []
         study.run()
     rows = study.report()
+    plot_fronts(settings.output_dir, rows)
     if study.failures:
         raise StudyError(f"{len(study.failures)} trainings failed:\n" + "\n".join(study.failures))
     return rows
@@ -165,11 +167,10 @@ class _Study:
                     self._train(runs, f"{number}/{len(groups)} {runs[0]}")
 
     def report(self) -> list[Row]:
-        """Write the tables and figures of all finished runs that this study's settings, model and texts belong to."""
+        """Write the tables of all finished runs in the folder with this model, these texts and these settings."""
         rows = summarize(self.store, self.settings, self.chosen_rate)
         about = {**self.store.identity, "environment": _environment(), "training_samples": len(self.windows)}
         write_tables(self.settings.output_dir, rows, about)
-        plot_fronts(self.settings.output_dir, rows)
         return rows
 
     def _run(self, method: Method, samples: int, rate: float, seed: int) -> Run:
@@ -203,6 +204,7 @@ class _Study:
         except Exception as error:
             self.failures.append(f"{runs[0]}: {type(error).__name__}: {error}")
             self.console.print(traceback.format_exc(), style="red", markup=False, highlight=False)
+        gc.collect()  # models have cycles, and the next one is about to be loaded
         self.report()
 
     def _price(self, run: Run) -> Price:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import time
@@ -149,8 +148,6 @@ def results(
         if not run.method.finish:
             record["scaled"] = measurements.scaled(model)
         yield run, {**_about(trained), "finish": about, **record}
-    trained.model = nn.Module()  # its memory goes before the next one is loaded
-    gc.collect()
 
 
 _DIVERGED: Record = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from adaptq_peft import register_selection_strategy
@@ -14,6 +13,7 @@ from adaptq_peft.comparison.training import results, train_run
 from adaptq_peft.quantization import is_quantized
 from adaptq_peft.selection import strategies
 
+pytestmark = pytest.mark.filterwarnings("ignore:Profiled 8 calibration samples")
 MAIN = [method.name for method in resolve_methods(["main"])]
 
 
@@ -131,8 +131,3 @@ def test_new_selection_strategies_are_methods(monkeypatch):
 def test_unknown_method_is_named_with_what_is_allowed():
     with pytest.raises(ValueError, match=r"unknown methods \['lroa'\]; allowed are the groups \['main', .*'lora'"):
         resolve_methods(["lora", "lroa"])
-
-
-def test_results_need_a_peft_model_only_where_they_scale(measurements, load):
-    assert not isinstance(load(), PeftModel)
-    assert measurements.scaled(load()) == {}
