@@ -169,7 +169,7 @@ def compare(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print how long it takes, and stop.")] = False,
 ) -> None:
     """Compare methods on a model and two texts: same tokens, same search over learning rates. Resumes by itself."""
-    from .comparison.settings import StudySettings
+    from .comparison import StudyError, StudySettings, read_study_texts, run_study
 
     try:
         settings = StudySettings(
@@ -196,8 +196,6 @@ def compare(
         "general_valid": general_valid,
         "general_test": general_test,
     }
-    from .comparison import StudyError, read_study_texts, run_study
-
     try:
         texts = read_study_texts(files) if any(files.values()) else None
         run_study(settings, model=model, texts=texts, dry_run=dry_run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +17,17 @@ MARKERS = "osD^vP*X<>ph"
 LARGE = 20
 
 
-def plot_fronts(folder: Path, rows: Sequence[Row]) -> list[Path]:
-    """Write `front_GROUP.png` for each group of methods that has points: a panel for each training-set size.
+def check_matplotlib() -> None:
+    """Raise ModuleNotFoundError, with the command that installs it, if matplotlib is missing."""
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError('the figures need matplotlib; run `pip install "adaptq_peft[demo]"`')
 
-    Raises:
-        ModuleNotFoundError: if matplotlib is missing.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('the figures need matplotlib; run `pip install "adaptq_peft[demo]"`') from error
+
+def plot_fronts(folder: Path, rows: Sequence[Row]) -> list[Path]:
+    """Write `front_GROUP.png` for each group of methods that has points: a panel for each training-set size."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     sizes, written = sorted({row.samples for row in rows} - {0}), []
     for group, title in GROUP_TITLES.items():
         panels = [(size, [row for row in rows_of(rows, group, size) if row.samples]) for size in sizes]

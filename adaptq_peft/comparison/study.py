@@ -23,7 +23,7 @@ from ..demo.quiet import quiet_libraries
 from ..demo.training import training_windows
 from .measure import Measurements
 from .methods import Method, resolve_methods
-from .plots import plot_fronts
+from .plots import check_matplotlib, plot_fronts
 from .price import Estimate, Price, estimate, seconds_a_token
 from .records import Record, Run, RunStore, choose_rate
 from .settings import StudySettings
@@ -66,8 +66,9 @@ def run_study(
     Raises:
         ValueError: if a method is unknown, or there is too little text.
         StudyError: if runs failed. The others were done, and the tables were written.
-        ModuleNotFoundError: if the demo's model or texts are asked for and not installed.
+        ModuleNotFoundError: if matplotlib, or the demo's model or texts where they are used, are not installed.
     """
+    check_matplotlib()
     study = _Study(settings, model, texts or demo_study_texts(), console or Console())
     with quiet_libraries():
         missing = list(study.missing())
