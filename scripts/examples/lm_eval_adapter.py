@@ -5,7 +5,7 @@
         --model_args pretrained=HuggingFaceTB/SmolLM2-135M-Instruct,peft=my-adapter,dtype=bfloat16
 
 `dtype` is that in which the adapter's base was loaded for training. After `adaptq autoload on` the harness's own
-command does the same: `lm_eval --model hf --model_args pretrained=BASE,peft=my-adapter,dtype=bfloat16 --tasks hellaswag`.
+command, `lm_eval` with the same arguments, does the same.
 """
 
 from lm_eval.__main__ import cli_evaluate
