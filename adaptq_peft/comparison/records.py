@@ -15,6 +15,12 @@ from .methods import Method
 Record = dict[str, Any]
 
 
+def recorded_dtype(folder: Path) -> str | None:
+    """The dtype of the finished runs in a folder; `None` if there are none."""
+    first = next(iter(sorted(folder.glob("*.json"))), None)
+    return None if first is None else json.loads(first.read_text(encoding="utf-8"))["depends_on"]["dtype"]
+
+
 class Run(NamedTuple):
     """One training of one method.
 

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-#: Settings that say which runs there are, not what a run is.
-_NOT_OF_A_RUN = ("output_dir", "methods", "samples", "seeds", "rates")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+#: Settings that say which runs there are, not what a run is; the dtype is noted apart, once it is decided.
+_NOT_OF_A_RUN = ("output_dir", "methods", "samples", "seeds", "rates", "dtype")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class StudySettings:
         max_length: tokens in a window of the evaluation.
         anchor_samples: general samples that the anchor holds.
         budget: allowed degradation for methods that hold one.
+        dtype: that models are loaded in, as torch names it; "auto": that of finished runs in the folder, else bfloat16
+            on a GPU, and on a CPU what it computes faster in.
         scales: factors below 1 at which the trained change is measured, too (adapters of ADAPTQ and LoRA).
 
     Raises:
@@ -51,6 +54,7 @@ class StudySettings:
     max_length: int = 512
     anchor_samples: int = 256
     budget: float = 0.02
+    dtype: str = "auto"
     scales: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -91,6 +95,8 @@ def _faults(name: str, given: Any) -> list[str]:
         faults += [f"rates={value}, must be above 0" for value in values if not value > 0]
     if name == "scales":
         faults += [f"scales={value}, must be from 0 to below 1" for value in values if not 0 <= value < 1]
+    if name == "dtype" and given not in DTYPES:
+        faults.append(f"dtype={given!r}, must be one of {list(DTYPES)}")
     if name == "weight_decay" and not given >= 0:
         faults.append(f"weight_decay={given}, must be at least 0")
     if name == "budget" and not given > -1:

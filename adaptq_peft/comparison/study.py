@@ -25,7 +25,7 @@ from .measure import Measurements
 from .methods import Method, resolve_methods
 from .plots import check_matplotlib, plot_fronts
 from .price import Estimate, Price, estimate, seconds_a_token
-from .records import Record, Run, RunStore, choose_rate
+from .records import Record, Run, RunStore, choose_rate, recorded_dtype
 from .settings import StudySettings
 from .tables import Row, show_estimate, summarize, write_tables
 from .texts import StudyTexts, demo_study_texts
@@ -97,13 +97,13 @@ class _Study:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         name = self.model or str(demo_model_folder())
-        on_gpu = torch.cuda.is_available()
-        self.dtype = torch.bfloat16 if on_gpu else faster_dtype()
+        folder = self.settings.output_dir / RUNS_FOLDER
+        dtype = _resolve_dtype(self.settings.dtype, recorded_dtype(folder))
         tokenizer = AutoTokenizer.from_pretrained(name)
 
         def load() -> Any:
-            base: Any = AutoModelForCausalLM.from_pretrained(name, dtype=self.dtype)
-            return base.to("cuda" if on_gpu else "cpu").eval()
+            base: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+            return base.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
         self.load: Callable[[], Any] = load
         self.methods = resolve_methods(self.settings.methods)
@@ -112,12 +112,11 @@ class _Study:
         self.measurements = Measurements(load, tokenizer, self.texts, self.settings)
         identity = {
             "model": self.model or "SmolLM2-135M-Instruct",
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype,
             "texts": self.texts.digest,
             "settings": self.settings.of_a_run(),
         }
-        self.store = RunStore(self.settings.output_dir / RUNS_FOLDER, identity)
-        self._prices: dict[str, Price] = {}
+        self.store = RunStore(folder, identity)
 
     def searched(self, samples: int) -> Iterator[Run]:
         """The runs that the learning rate is chosen among."""
@@ -217,6 +216,14 @@ class _Study:
             with self.console.status(f"Timing {run.method.name}"):
                 known = train_run(short, *arguments, steps=2).seconds
         return Price(known["build"], known.get("step", 0.0))
+
+
+def _resolve_dtype(chosen: str, recorded: str | None) -> str:
+    """The dtype of a study: which one is faster is measured once, and a study that goes on keeps it."""
+    if chosen != "auto":
+        return chosen
+    found = torch.bfloat16 if torch.cuda.is_available() else faster_dtype()
+    return recorded or str(found).removeprefix("torch.")
 
 
 def _nothing(step: int, loss: float) -> None:

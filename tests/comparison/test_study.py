@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from adaptq_peft.comparison import StudyError, StudySettings, run_study
 from adaptq_peft.comparison import study as study_module
@@ -107,6 +108,16 @@ def test_stopped_study_goes_on_where_it_was(fake, study):
     assert fake.ran == []
 
 
+def test_study_that_goes_on_keeps_its_dtype(fake, study, monkeypatch, tmp_path):
+    study(methods=("lora",))
+    fake.ran = []
+    monkeypatch.setattr(study_module, "faster_dtype", lambda: torch.bfloat16)  # timed anew, it may come out otherwise
+    study(methods=("lora",))
+    assert fake.ran == []
+    study(methods=("lora",), dtype="bfloat16")
+    assert len(fake.ran) == 2
+
+
 def test_another_call_adds_to_the_tables(fake, study, tmp_path):
     study(methods=("lora",))
     rows = study(methods=("vanilla", "adaptq-50"), samples=(8, 16))
@@ -179,6 +190,8 @@ def test_settings_report_all_faults_at_once():
         StudySettings(rates=(1e-4, 0), epochs=0, scales=(1.5,))
     with pytest.raises(ValueError, match=r"seeds=\(1, 1\), must be one or more different values"):
         StudySettings(seeds=(1, 1))
+    with pytest.raises(ValueError, match=r"dtype='int8', must be one of \['auto', 'float32'"):
+        StudySettings(dtype="int8")
 
 
 @pytest.mark.filterwarnings("ignore:Profiled 8 calibration samples")
