@@ -181,6 +181,70 @@ def quantize_base(
     show_quantized_base(Console(), base)
 
 
+@app.command()
+def compare(
+    output_dir: Annotated[Path, typer.Option(help="Folder for finished runs, tables and figures.")] = Path(
+        "runs/compare"
+    ),
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub repository; default: the demo's 135M model.")
+    ] = None,
+    domain_train: Annotated[Path | None, typer.Option(help="Documents to train on: .txt, .json or .jsonl.")] = None,
+    domain_valid: Annotated[Path | None, typer.Option(help="To choose on; default: a part of --domain-train.")] = None,
+    domain_test: Annotated[Path | None, typer.Option(help="To report on.")] = None,
+    general_train: Annotated[Path | None, typer.Option(help="General documents that anchors hold on to.")] = None,
+    general_valid: Annotated[Path | None, typer.Option(help="To fit budgets on; default: half of the above.")] = None,
+    general_test: Annotated[Path | None, typer.Option(help="To report forgetting on.")] = None,
+    methods: Annotated[str, typer.Option(help="Names or groups: main, selection, ratio, precision, all.")] = "main",
+    samples: Annotated[str, typer.Option(help="Training-set sizes, such as 50,500,2000.")] = "500",
+    seeds: Annotated[str, typer.Option(help="Seeds; rates are searched with the first.")] = "0",
+    rates: Annotated[str, typer.Option(help="Learning rates that each method tries.")] = "5e-5,1e-4,2e-4,4e-4",
+    scales: Annotated[str, typer.Option(help="Factors on the trained change to measure, too, such as 0.5.")] = "",
+    epochs: Annotated[int, typer.Option(help="Passes over the samples.")] = 3,
+    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 128,
+    evaluation_tokens: Annotated[int, typer.Option(help="Tokens of each test text.")] = 20_000,
+    validation_tokens: Annotated[int, typer.Option(help="Tokens of each validation text.")] = 10_000,
+    budget: Annotated[float, typer.Option(help="Degradation that methods with a budget may reach.")] = 0.02,
+    dtype: Annotated[str, typer.Option(help="That models are loaded in; auto: the faster one.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print how long it takes, and stop.")] = False,
+) -> None:
+    """Compare methods on a model and two texts: same tokens, same search over learning rates. Resumes by itself."""
+    from .comparison import StudyError, StudySettings, read_study_texts, run_study
+
+    try:
+        settings = StudySettings(
+            output_dir=output_dir,
+            methods=tuple(methods.split(",")),
+            samples=tuple(int(size) for size in samples.split(",")),
+            seeds=tuple(int(seed) for seed in seeds.split(",")),
+            rates=tuple(float(rate) for rate in rates.split(",")),
+            scales=tuple(float(scale) for scale in scales.split(",") if scale),
+            epochs=epochs,
+            batch_size=batch_size,
+            length=length,
+            evaluation_tokens=evaluation_tokens,
+            validation_tokens=validation_tokens,
+            budget=budget,
+            dtype=dtype,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    files = {
+        "domain_train": domain_train,
+        "domain_valid": domain_valid,
+        "domain_test": domain_test,
+        "general_train": general_train,
+        "general_valid": general_valid,
+        "general_test": general_test,
+    }
+    try:
+        texts = read_study_texts(files) if any(files.values()) else None
+        run_study(settings, model=model, texts=texts, dry_run=dry_run)
+    except (StudyError, ModuleNotFoundError, OSError, ValueError) as error:
+        _fail(str(error), error)
+
+
 class Autoload(str, Enum):
     """What `adaptq autoload` is asked to do."""
 

@@ -1,4 +1,4 @@
-"""The demo's training run: transformers' `Trainer`, as any script would use it, with a Rich progress bar."""
+"""Training runs of the demo and of comparisons: transformers' `Trainer`, as any script would use it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import (
 )
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
 StepReport = Callable[[int, float], None]
@@ -44,7 +44,7 @@ def training_windows(
 
 
 def train(
-    model: PeftModel,
+    model: nn.Module,
     samples: list[dict[str, torch.Tensor]],
     *,
     steps: int,
@@ -52,51 +52,56 @@ def train(
     batch_size: int,
     seed: int,
     on_step: StepReport,
+    accumulation: int = 1,
+    weight_decay: float = 0.0,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> list[float]:
-    """Train the adapter with AdamW, 10% warmup, then linear decay to zero; the base stays in its own dtype.
+    """Train what requires gradients with AdamW, 10% warmup, then linear decay to zero, gradients clipped to norm 1.
 
     Args:
-        model: The model with its adapter; trained in place, on the CPU.
+        model: The model, with its adapter if it has one; trained in place, on the device it is on, in its own dtype.
         samples: Training samples of equal length, drawn in an order that `seed` decides.
         steps: Optimizer steps.
         learning_rate: Peak learning rate.
-        batch_size: Samples a step.
+        batch_size: Samples in a forward pass.
         seed: Seed of the order.
         on_step: Called after each step.
+        accumulation: Forward passes a step.
+        weight_decay: Decoupled weight decay.
+        callbacks: Of the Trainer, called before `on_step`.
 
     Returns:
         The loss of each step, in nats a token.
     """
     callback = _StepCallback(on_step)
     with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            warmup_steps=-(-steps // 10),
+            optim="adamw_torch",
+            seed=seed,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            use_cpu=next(model.parameters()).device.type == "cpu",
+        )
         trainer = Trainer(
             model=model,
-            args=_arguments(scratch, steps=steps, learning_rate=learning_rate, batch_size=batch_size, seed=seed),
+            args=arguments,
             train_dataset=samples,
             data_collator=default_data_collator,
-            callbacks=[callback],
+            callbacks=[*callbacks, callback],
         )
         trainer.remove_callback(PrinterCallback)  # it prints a raw dict each step
         trainer.train()
     return callback.losses
-
-
-def _arguments(scratch: str, *, steps: int, learning_rate: float, batch_size: int, seed: int) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=scratch,
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup_steps=-(-steps // 10),
-        optim="adamw_torch",
-        seed=seed,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        use_cpu=True,
-    )
 
 
 class _StepCallback(TrainerCallback):

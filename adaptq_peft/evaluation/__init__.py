@@ -2,7 +2,7 @@
 
 from .checkpoint_headers import CheckpointSummary
 from .memory import WeightBytes, measure_weight_bytes, paper_weight_ratio
-from .memory_plan import MemoryPlan, MethodMemory, largest_num_adapted_blocks, plan_memory
+from .memory_plan import MemoryPlan, MethodMemory, largest_num_adapted_blocks, measure_method, plan_memory
 from .optimizer_states import OPTIMIZERS, optimizer_state_bytes, trained_parameters
 from .perplexity import Perplexity, degradation, evaluate_perplexity, token_nll
 
@@ -16,6 +16,7 @@ __all__ = [
     "degradation",
     "evaluate_perplexity",
     "largest_num_adapted_blocks",
+    "measure_method",
     "measure_weight_bytes",
     "optimizer_state_bytes",
     "paper_weight_ratio",

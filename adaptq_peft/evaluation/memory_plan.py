@@ -123,7 +123,7 @@ def plan_memory(
         "QLoRA": _lora_model(build_skeleton(model, dtype), config, lora_rank, quantized=True),
         "full fine-tuning": _cast_trained(plain, config),
     }
-    methods = {name: _measure(trained, config, galore_rank) for name, trained in models.items()}
+    methods = {name: measure_method(trained, config.layers_pattern, galore_rank) for name, trained in models.items()}
     weights = methods["ADAPTQ"].weights
     settings = resolve_quantization(config.quantization)
     largest = max(parameter.nbytes for parameter in build_skeleton(model, dtype).parameters())
@@ -174,7 +174,7 @@ def largest_num_adapted_blocks(
         chosen = copy.deepcopy(config or AdaptQConfig())
         chosen.layers_to_transform, chosen.num_adapted_blocks = None, count
         trained, _, _ = _adaptq_model(build_skeleton(model, dtype), chosen)
-        return _measure(trained, chosen, galore_rank).training(optimizer)
+        return measure_method(trained, chosen.layers_pattern, galore_rank).training(optimizer)
 
     least = needed(1)
     if least > limit:
@@ -206,10 +206,19 @@ def _dtype(
     return None if AutoConfig.from_pretrained(model).dtype else headers.dtype
 
 
-def _measure(model: nn.Module, config: AdaptQConfig, galore_rank: int) -> MethodMemory:
+def measure_method(
+    model: nn.Module, layers_pattern: str | list[str] | None = None, galore_rank: int = 128
+) -> MethodMemory:
+    """Bytes that training takes, counted from a model that is ready for it, with values or on the meta device.
+
+    Args:
+        model: with its adapter; parameters that require gradients are trained.
+        layers_pattern: as in `AdaptQConfig`.
+        galore_rank: rank of "galore_adamw".
+    """
     trained = trained_parameters(model)
     return MethodMemory(
-        weights=measure_weight_bytes(model, config.layers_pattern),  # type: ignore[arg-type]
+        weights=measure_weight_bytes(model, layers_pattern),  # type: ignore[arg-type]
         trained_parameters=sum(parameter.shape.numel() for parameter in trained),
         gradients=sum(parameter.nbytes for parameter in trained),
         optimizer_states={name: optimizer_state_bytes(name, trained, galore_rank) for name in OPTIMIZERS},

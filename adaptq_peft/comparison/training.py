@@ -1,0 +1,229 @@
+"""One training of a method, and the results of all methods that share it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from ..config import AdaptQConfig
+from ..demo.training import StepReport, train
+from ..preservation import PreservationCallback, fit_to_budget
+from .measure import Load, Measurements, finite, report_figures, training_memory
+from .methods import Inputs, Method, quantize_lower_blocks
+from .records import Record, Run
+from .settings import StudySettings
+
+Windows = list[dict[str, torch.Tensor]]
+#: "the same half" of `lora-quantize`, as in `quantize-lora` and ADAPT-Q-50.
+QUANTIZED_SHARE = 0.5
+
+
+@dataclass
+class Trained:
+    """A model after its training.
+
+    Args:
+        model: the model.
+        memory: bytes of training it; see `training_memory`.
+        losses: of each step, nats a token.
+        seconds: "build", "train", "step" (the median), and what is added later.
+    """
+
+    model: nn.Module
+    memory: dict[str, int]
+    losses: list[float]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Note the wall time of a part."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+def draw_samples(windows: Windows, count: int, seed: int) -> Windows:
+    """`count` training samples; with one seed fewer are the first of more.
+
+    Raises:
+        ValueError: if there are too few windows.
+    """
+    if count > len(windows):
+        raise ValueError(
+            f"N={count} training samples are asked for, and the domain's training text has {len(windows)}; give more "
+            "text, a smaller N or a smaller length"
+        )
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return [windows[index] for index in order[:count].tolist()]
+
+
+def num_steps(samples: int, method: Method, settings: StudySettings) -> int:
+    """Optimizer steps of a run: each epoch ends with a smaller step where the sizes do not divide."""
+    batches = -(-samples // settings.batch_size)
+    return settings.epochs * -(-batches // method.accumulation) if method.is_trained else 0
+
+
+def train_run(
+    run: Run,
+    load: Load,
+    windows: Windows,
+    measurements: Measurements,
+    settings: StudySettings,
+    on_step: StepReport,
+    steps: int | None = None,
+) -> Trained:
+    """Prepare and train a model.
+
+    Args:
+        run: which.
+        load: loads the base anew.
+        windows: all training samples there are.
+        measurements: of the study; has what the anchor needs.
+        settings: of the study.
+        on_step: called after each step.
+        steps: `None`: all steps of the run.
+    """
+    set_seed(run.seed)
+    samples = draw_samples(windows, run.samples, run.seed)
+    answers = _answers(run.method, measurements)
+    base = load()
+    start = time.perf_counter()
+    inputs = Inputs([{"input_ids": sample["input_ids"].tolist()} for sample in samples], [], run.seed)
+    if samples:
+        inputs = Inputs(inputs.samples, measurements.general_samples, run.seed)
+    model = run.method.build(base, inputs, **run.method.options)
+    trained = Trained(model, training_memory(model), [], {"build": time.perf_counter() - start})
+    steps = num_steps(run.samples, run.method, settings) if steps is None else steps
+    if steps and run.method.is_trained:
+        timer = _StepTimer()
+        anchors = [] if answers is None else [PreservationCallback(answers, seed=run.seed)]
+        with trained.timed("train"):
+            trained.losses = train(
+                model,
+                samples,
+                steps=steps,
+                learning_rate=run.rate,
+                batch_size=settings.batch_size,
+                seed=run.seed,
+                on_step=on_step,
+                accumulation=run.method.accumulation,
+                weight_decay=settings.weight_decay,
+                callbacks=[timer, *anchors],
+            )
+        trained.seconds["step"] = statistics.median(timer.seconds[1:] or timer.seconds)
+    return trained
+
+
+def results(
+    trained: Trained, runs: Sequence[Run], load: Load, measurements: Measurements, settings: StudySettings
+) -> Iterator[tuple[Run, Record]]:
+    """Finish and measure a trained model as each of the runs that share its training asks.
+
+    Args:
+        trained: the model. A finish changes it for good.
+        runs: those without a finish come first, and only the last may have one.
+        load, measurements, settings: of the study.
+    """
+    ordered = sorted(runs, key=lambda run: bool(run.method.finish))
+    if sum(bool(run.method.finish) for run in ordered) > 1:
+        raise ValueError(f"only one of the methods that share a training can change the model: {list(map(str, runs))}")
+    for run in ordered:
+        if not all(map(math.isfinite, trained.losses)):
+            yield run, {**_about(trained), **_DIVERGED}
+            continue
+        with trained.timed("finish"):
+            model, untrained, about = _FINISHES[run.method.finish](trained.model, load, measurements, settings)
+        with trained.timed("evaluation"):
+            record = _measure(model, untrained, measurements)
+        if not run.method.finish:
+            record["scaled"] = measurements.scaled(model)
+        yield run, {**_about(trained), "finish": about, **record}
+
+
+_DIVERGED: Record = {
+    "validation": {"domain": None, "general": None},
+    "test": None,
+    "failure": "its loss is not a finite number",
+}
+
+
+def _measure(model: nn.Module, untrained: nn.Module | None, measurements: Measurements) -> Record:
+    report = measurements.report(model, untrained)
+    if report is None:
+        return dict(_DIVERGED)
+    return {"validation": measurements.validation(model), "test": report_figures(report), "failure": None}
+
+
+def _about(trained: Trained) -> Record:
+    return {
+        "memory": trained.memory,
+        "seconds": dict(trained.seconds),
+        "losses": [finite(loss) for loss in trained.losses],
+        "blocks": _adapted_blocks(trained.model),
+    }
+
+
+Finished = tuple[nn.Module, nn.Module | None, dict[str, Any]]
+"""The model, the quantized base where switching adapters off does not give it, and what is to be known."""
+
+
+def _as_it_is(model: nn.Module, load: Load, measurements: Measurements, settings: StudySettings) -> Finished:
+    return model, None, {}
+
+
+def _hold_to_budget(model: nn.Module, load: Load, measurements: Measurements, settings: StudySettings) -> Finished:
+    report = fit_to_budget(model, base=measurements.valid, budget=settings.budget)
+    return model, None, {**report.certificate(), "feasible": bool(report.feasible), "note": report.note}
+
+
+def _merge_and_quantize(model: Any, load: Load, measurements: Measurements, settings: StudySettings) -> Finished:
+    merged, untrained = model.merge_and_unload(), load()
+    for each in (merged, untrained):
+        quantize_lower_blocks(each, QUANTIZED_SHARE)
+    return merged, untrained, {}
+
+
+_FINISHES: dict[str, Callable[..., Finished]] = {
+    "": _as_it_is,
+    "budget": _hold_to_budget,
+    "quantize": _merge_and_quantize,
+}
+
+
+def _answers(method: Method, measurements: Measurements) -> Any:
+    if not method.anchor:
+        return None
+    return measurements.answers_on_general if method.anchor == "general" else measurements.answers_on_written
+
+
+def _adapted_blocks(model: nn.Module) -> list[int] | None:
+    config = model.peft_config["default"] if isinstance(model, PeftModel) else None
+    return list(config.layers_to_transform) if isinstance(config, AdaptQConfig) else None  # type: ignore[arg-type]
+
+
+class _StepTimer(TrainerCallback):
+    """Wall time of each optimizer step, with what other callbacks do in it."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.seconds.append(time.perf_counter() - self._start)

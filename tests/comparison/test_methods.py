@@ -1,0 +1,133 @@
+"""Each method builds, trains and is measured on a tiny Llama; and each is what its name says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+
+from adaptq_peft import register_selection_strategy
+from adaptq_peft.comparison.methods import Inputs, adaptq_options, method_names, quantize_lower_blocks, resolve_methods
+from adaptq_peft.comparison.records import Run
+from adaptq_peft.comparison.training import results, train_run
+from adaptq_peft.quantization import is_quantized
+from adaptq_peft.selection import strategies
+
+pytestmark = pytest.mark.filterwarnings("ignore:Profiled 8 calibration samples")
+MAIN = [method.name for method in resolve_methods(["main"])]
+
+
+def run_of(name: str, rate: float = 1e-3) -> Run:
+    (method,) = resolve_methods([name])
+    return Run(method, 8 if method.is_trained else 0, rate, seed=0)
+
+
+@pytest.fixture
+def trained(load, windows, measurements, settings):
+    """`trained(run)`: the model after two steps, and its record."""
+
+    def train(run, **changes):
+        arguments = (load, windows, measurements, settings(**changes), lambda step, loss: None)
+        model = train_run(run, *arguments, steps=2)
+        ((_, record),) = results(model, [run], load, measurements, settings(**changes))
+        return record
+
+    return train
+
+
+# "written" lets the model write text, which takes seconds here; the others cover all else.
+@pytest.mark.parametrize("name", [name for name in MAIN if not name.endswith("-written")])
+def test_each_main_method_trains_and_is_measured(name, trained):
+    record = trained(run_of(name))
+    assert record["failure"] is None
+    general, domain = record["test"]["general"], record["test"]["domain"]
+    assert general["degradation"] == pytest.approx(general["adapted"] / general["base"] - 1)
+    assert general["quantization"] + general["training"] == pytest.approx(general["degradation"])
+    quantizes = name.startswith(("adaptq", "qlora", "quantize")) or name == "lora-quantize"
+    assert (general["quantized"] != general["base"]) == quantizes
+    assert (domain["adapted"] != domain["quantized"]) == (name != "vanilla")
+    assert len(record["losses"]) == (0 if name == "vanilla" else 2)
+    assert record["finish"].get("feasible") in ((True, False) if name.endswith("-budget") else (None,))
+
+
+@pytest.mark.parametrize("name", [name for name in method_names() if name not in MAIN])
+def test_each_ablation_prepares_a_model(name, load, windows, measurements):
+    (method,) = resolve_methods([name])
+    samples = [{"input_ids": window["input_ids"].tolist()} for window in windows[:8]]
+    options = {**method.options, "quantization_calibration": None}  # calibrating takes half a minute
+    model = method.build(load(), Inputs(samples, measurements.general_samples, 0), **options)
+    quantized = any(is_quantized(module) for module in model.modules())
+    assert quantized == (name not in ("ratio-100", "frozen-none"))
+
+
+def test_quantizing_after_training_compares_with_the_untrained_base_in_the_same_codes(trained):
+    after = trained(run_of("lora-quantize"))["test"]["general"]
+    before = trained(run_of("quantize-lora"))["test"]["general"]
+    assert after["quantized"] == pytest.approx(before["quantized"])
+    assert after["adapted"] != after["quantized"]
+
+
+def test_diverged_training_is_recorded_not_raised(trained):
+    record = trained(run_of("full", rate=float("nan")))
+    assert record["failure"] == "its loss is not a finite number"
+    assert record["validation"] == {"domain": None, "general": None}
+
+
+def test_kappatune_adapts_the_fifth_of_the_linears_with_the_lowest_condition_numbers(load):
+    base = load()
+    linears = {n: m for n, m in base.model.layers.named_modules() if isinstance(m, torch.nn.Linear)}
+    kappa = {n: float(torch.linalg.cond(m.weight.float())) for n, m in linears.items()}
+    model = run_of("kappatune").method.build(base, Inputs([], [], 0), r=2, lora_alpha=4, share=0.2)
+    found = {
+        n.removeprefix("base_model.model.model.layers.") for n, m in model.named_modules() if isinstance(m, LoraLayer)
+    }
+    assert found == set(sorted(kappa, key=kappa.get)[: int(0.2 * len(kappa))])
+
+
+@pytest.mark.parametrize(("share", "blocks"), [(0.5, {0, 1}), (0.3, {0, 1}), (1.0, {0, 1, 2, 3})])
+def test_lower_blocks_are_quantized_as_adaptq_freezes_them(load, share, blocks):
+    model = load()
+    quantize_lower_blocks(model, share)
+    found = {int(name.split(".")[2]) for name, module in model.named_modules() if is_quantized(module)}
+    assert found == blocks
+
+
+def test_methods_that_are_the_same_share_their_training():
+    trainings = {name: resolve_methods([name])[0].training for name in method_names()}
+    same = ("adaptq-50", "select-activation", "ratio-50", "frozen-nf4")
+    assert len({trainings[name] for name in same}) == 1
+    assert trainings["lora"] == trainings["lora-quantize"]
+    assert trainings["lora"] != trainings["lora-qv"]
+
+
+def test_only_one_method_of_a_training_changes_the_model():
+    finishes: dict[str, set[str]] = {}
+    for method in resolve_methods(["all"]):
+        finishes.setdefault(method.training, set()).add(method.finish)
+    assert all(len(found - {""}) <= 1 for found in finishes.values())
+
+
+def test_written_out_options_are_the_defaults_of_the_config():
+    from adaptq_peft import AdaptQConfig
+
+    config = AdaptQConfig()
+    assert adaptq_options() == {name: getattr(config, name) for name in adaptq_options()}
+
+
+def test_rates_of_full_rank_and_of_fixed_recipes():
+    searched = (1e-4, 4e-4)
+    assert run_of("full").method.rates(searched) == (0.25e-4, 1e-4)
+    assert run_of("lora").method.rates(searched) == searched
+    assert run_of("adaptq-paper").method.rates(searched) == (5e-5,)
+    assert run_of("lora-paper").method.rates(searched) == (2e-4,)
+
+
+def test_new_selection_strategies_are_methods(monkeypatch):
+    monkeypatch.setattr(strategies, "_REGISTRY", dict(strategies._REGISTRY))
+    register_selection_strategy("by-taste", needs="none")(lambda request: [0.0] * request.num_blocks)
+    assert "select-by-taste" in method_names()
+
+
+def test_unknown_method_is_named_with_what_is_allowed():
+    with pytest.raises(ValueError, match=r"unknown methods \['lroa'\]; allowed are the groups \['main', .*'lora'"):
+        resolve_methods(["lora", "lroa"])
