@@ -67,16 +67,23 @@ def test_quantizing_after_training_compares_with_the_untrained_base_in_the_same_
     assert after["adapted"] != after["quantized"]
 
 
-def test_diverged_training_is_recorded_not_raised(trained):
-    record = trained(run_of("full", rate=float("nan")))
-    assert record["failure"] == "its loss is not a finite number"
-    assert record["validation"] == {"domain": None, "general": None}
+def test_diverged_training_is_recorded_not_raised(load, windows, measurements, settings):
+    run, arguments = run_of("lora"), (load, windows, measurements, settings(), lambda step, loss: None)
+    trained = train_run(run, *arguments, steps=1)
+    next(p for p in trained.model.parameters() if p.requires_grad).data.fill_(float("nan"))
+    ((_, measured),) = results(trained, [run], load, measurements, settings())
+    trained.losses = [float("inf")]
+    ((_, seen_in_training),) = results(trained, [run], load, measurements, settings())
+    for record in (measured, seen_in_training):
+        assert record["failure"] == "its loss is not a finite number"
+        assert record["validation"] == {"domain": None, "general": None}
+        assert record["test"] is None
 
 
 def test_kappatune_adapts_the_fifth_of_the_linears_with_the_lowest_condition_numbers(load):
     base = load()
     linears = {n: m for n, m in base.model.layers.named_modules() if isinstance(m, torch.nn.Linear)}
-    kappa = {n: float(torch.linalg.cond(m.weight.float())) for n, m in linears.items()}
+    kappa = {n: float(torch.linalg.cond(m.weight.detach())) for n, m in linears.items()}
     model = run_of("kappatune").method.build(base, Inputs([], [], 0), r=2, lora_alpha=4, share=0.2)
     found = {
         n.removeprefix("base_model.model.model.layers.") for n, m in model.named_modules() if isinstance(m, LoraLayer)
