@@ -45,7 +45,7 @@ def test_defaults():
         ({"calibration_max_length": None}, r"calibration_max_length is None; allowed"),
         ({"calibration_batch_size": True}, r"calibration_batch_size is True; allowed"),
         ({"profile": [1.0]}, r"profile is a list; pass what profile_activations returned"),
-        ({"quantization": "nf3"}, r"quantization is 'nf3'; allowed: \['nf4', .*'hqq2', 'none', 'auto'\], a transformers"),
+        ({"quantization": "nf3"}, r"quantization is 'nf3'; allowed: \['nf4', .*'hqq2', 'none', 'auto'\], a tr"),
         ({"delta_scaling": 0}, r"delta_scaling is 0; allowed: a finite number above 0"),
         ({"delta_scaling": float("inf")}, r"delta_scaling is inf; allowed"),
         ({"delta_dtype": "int8"}, r"delta_dtype is 'int8'; allowed: None or one of \['float32', 'bfloat16'"),
