@@ -72,7 +72,6 @@ _NAMED: dict[str, QuantizationSettings | None] = {
     "hqq3": QuantizationSettings(bits=3, backend="hqq"),
     "hqq2": QuantizationSettings(bits=2, backend="hqq"),
     "none": None,
-    "auto": QuantizationSettings(bits=4, quant_type="nf4"),
 }
 QUANTIZATION_NAMES = tuple(_NAMED)
 
@@ -82,16 +81,14 @@ def resolve_quantization(
 ) -> QuantizationSettings | None:
     """Settings for one of `QUANTIZATION_NAMES`, a `BitsAndBytesConfig`, an `HqqConfig` or the dict of one.
 
-    `None` for "none".
-
-    For "auto", those of the linears that its plan stores in 4 bits.
+    `None` for "none". For "auto", those of the linears that its plan stores in 4 bits: "nf4".
 
     Raises:
         ValueError: if a `BitsAndBytesConfig` asks for neither 4 nor 8 bits, or an `HqqConfig` for what is not
             supported.
     """
     if isinstance(quantization, str):
-        return _NAMED[quantization]
+        return _NAMED["nf4" if quantization == "auto" else quantization]
     given = quantization if isinstance(quantization, dict) else quantization.to_dict()
     if given.get("quant_method") in ("hqq", QuantizationMethod.HQQ):
         return _from_hqq(given)
