@@ -51,7 +51,8 @@ def test_each_main_method_trains_and_is_measured(name, trained):
 
 
 @pytest.mark.parametrize("name", [name for name in method_names() if name not in MAIN])
-def test_each_ablation_prepares_a_model(name, load, windows, measurements):
+def test_each_ablation_prepares_a_model(name, load, windows, measurements, monkeypatch):
+    monkeypatch.setattr("adaptq_peft.precision.SEQUENCES", 4)
     (method,) = resolve_methods([name])
     samples = [{"input_ids": window["input_ids"].tolist()} for window in windows[:8]]
     options = {**method.options, "quantization_calibration": None}  # calibrating takes half a minute

@@ -214,7 +214,7 @@ def test_bad_input_is_named(make_model, samples):
     model = make_model("llama").eval()
     blocks, batches = find_blocks(model), batches_for(model, samples)
     chosen = linears_of(blocks[:1])
-    with pytest.raises(ValueError, match="writes 4-bit layers, and the settings ask for 8 bits"):
+    with pytest.raises(ValueError, match="writes 4-bit layers of bitsandbytes, and the settings ask for int8"):
         quantize_calibrated(model, blocks, chosen, QuantizationSettings(bits=8), batches, CalibrationMethod())
     with pytest.raises(ValueError, match="needs calibration batches, and there are none"):
         quantize_calibrated(model, blocks, chosen, NF4, [], CalibrationMethod())
