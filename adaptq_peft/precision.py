@@ -175,7 +175,9 @@ def _candidates(
         for name, linear in linears.items()
     }
     if config.quantization_calibration is not None:
-        given, method = config.calibration, resolve_calibration_method(config.quantization_calibration)
+        given = config.calibration
+        # Each candidate is measured among original layers: there is nothing to make up for.
+        method = replace(resolve_calibration_method(config.quantization_calibration), asymmetric=False)
         batches = mixed_calibration_batches(model, given.data, given.general_data, tokenizer=given.tokenizer)
         calibrated = quantize_calibrated(model, blocks, linears, PRECISIONS["nf4"], batches, method)  # type: ignore[arg-type]
         for name, layer in calibrated.layers.items():

@@ -205,7 +205,7 @@ class TestCalibrated:
         seen = []
         monkeypatch.setattr("adaptq_peft.precision.measure_sensitivity", _spy(seen))
         made(copy.deepcopy(llama))
-        made(llama, quantization_calibration="gptq", calibration_data=samples)
+        made(llama, quantization_calibration="auto", calibration_data=samples)
         plain, calibrated = seen
         assert sum(of["nf4"] for of in calibrated.values()) < 0.8 * sum(of["nf4"] for of in plain.values())
 
