@@ -193,12 +193,13 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(f"ERROR: covers no test: {skip}")
 
 
-# Tests are collected in each worker of pytest-xdist, or here if there is none.
+# Tests are collected in each worker of pytest-xdist, and not in the process that has the workers ("dsession").
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if session.config.getoption("all_skips_used") and session.testscollected:
+    collects = not session.config.pluginmanager.has_plugin("dsession")
+    if session.config.getoption("all_skips_used") and collects:
         _unused_skips.update(str(skip) for skip in SKIPS if skip not in _used_skips)
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["unused_skips"] = list(_unused_skips)
