@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from .quantization import (
     dequantize_linear,
     fused_experts,
     is_quantized,
+    linear_weight,
     origin_of,
     quantize_linear,
 )
@@ -221,7 +222,7 @@ class BlockForms:
     def _repair(self, name: str, quantized: nn.Module, original: nn.Module | None) -> None:
         found = original or self._originals.restore(name, quantized)
         with align_module_device(found):
-            weight, rounded = _matrix(found), _matrix(dequantize_linear(quantized))
+            weight, rounded = linear_weight(found), linear_weight(dequantize_linear(quantized))
             self.repairs[name] = rounding_repair(weight, rounded, self._wishes.corrected_rank)
 
     def _want_original(self, name: str, module: nn.Module) -> None:
@@ -265,12 +266,6 @@ def _both(original: nn.Module, quantized: nn.Module, adapters: list[str]) -> Ada
     return layer
 
 
-def _matrix(linear: nn.Module) -> torch.Tensor:
-    """The weight [out, in] of a plain linear."""
-    weight: torch.Tensor = linear.weight  # type: ignore[assignment]
-    return weight.detach().t() if isinstance(linear, Conv1D) else weight.detach()
-
-
 def linears_of(block: Block) -> list[tuple[str, nn.Module]]:
     """Each linear of a block by its dotted name: plain, quantized, or the layer that wraps it."""
     found: list[tuple[str, nn.Module]] = []
@@ -279,3 +274,23 @@ def linears_of(block: Block) -> list[tuple[str, nn.Module]]:
         if isinstance(linear, (nn.Linear, Conv1D)) and not is_inside_a_wrapper(path):
             found.append((f"{block.name}.{path}", module))
     return found
+
+
+def linears_with_reasons(
+    model: nn.Module,
+    blocks: Iterable[Block],
+    settings: QuantizationSettings | None,
+    is_excluded: Callable[[str], bool],
+) -> Iterator[tuple[str, nn.Module, str | None]]:
+    """Each linear of blocks: its dotted name in the base model, itself, and why it is not quantized (`None`: it is).
+
+    Args:
+        model, settings, is_excluded: as for `LeaveReasons`.
+        blocks: those that are looked into.
+    """
+    reasons = LeaveReasons(model, settings, is_excluded)
+    for block in blocks:
+        reasons.look_into(block)
+        for name, module in linears_of(block):
+            linear = module.base_layer if isinstance(module, AdaptQLayer) else module
+            yield base_name(name), linear, reasons.of(base_name(name), linear)

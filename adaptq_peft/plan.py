@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -114,13 +114,13 @@ def choose_blocks(
         given = config.layers_to_transform
         chosen = [given] if isinstance(given, int) else given
         _check_indices(chosen, len(blocks))
-        return chosen, _given_profile(config)
+        return chosen, config.profile
     named = _blocks_of_targets(model, blocks, config)
     if named:
         return named, None
     # The small number is for ratios such as 0.29, whose product with 100 is a little below 29.
     count = config.num_adapted_blocks or max(1, math.floor(config.selection_ratio * len(blocks) + 1e-9))
-    profile = _given_profile(config)
+    profile = config.profile
     if profile is None and strategy_needs_profile(config.selection_strategy) and count <= len(blocks):
         profile = _profile(model, config)
     if profile is not None and len(profile.magnitude) != len(blocks):
@@ -132,11 +132,6 @@ def choose_blocks(
         profile = replace(profile, sensitivity=measure_block_sensitivity(model, blocks, config))
     request = SelectionRequest(num_blocks=len(blocks), profile=profile, seed=config.selection_seed)
     return select_blocks(config.selection_strategy, request, count), profile
-
-
-def _given_profile(config: AdaptQConfig) -> ActivationProfile | None:
-    """The config has read it, if a path was given."""
-    return cast("ActivationProfile | None", config.profile)
 
 
 def _blocks_of_targets(model: nn.Module, blocks: list[Block], config: AdaptQConfig) -> list[int]:

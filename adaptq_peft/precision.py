@@ -8,17 +8,16 @@ from typing import Any
 
 from accelerate.utils import align_module_device
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from .block_forms import linears_of
+from .block_forms import linears_of, linears_with_reasons
 from .config import AdaptQConfig
 from .layer import AdaptQLayer
 from .module_names import base_name
 from .offloading import input_device
 from .quantization import (
-    LeaveReasons,
     QuantizationSettings,
     is_quantized,
+    linear_weight,
     origin_of,
     quantize_linear,
     resolve_quantization,
@@ -110,15 +109,8 @@ def sensitivity_batches(model: nn.Module, config: AdaptQConfig) -> list[dict[str
 
 def quantizable_linears(model: nn.Module, blocks: Sequence[Block], config: AdaptQConfig) -> dict[str, nn.Module]:
     """The linears of blocks that nothing speaks against quantizing, by their dotted names in the base model."""
-    reasons = LeaveReasons(model, PRECISIONS["nf4"], lambda name: is_excluded(name, config))
-    found: dict[str, nn.Module] = {}
-    for block in blocks:
-        reasons.look_into(block)
-        for name, module in linears_of(block):
-            linear = module.base_layer if isinstance(module, AdaptQLayer) else module
-            if not reasons.of(base_name(name), linear):
-                found[base_name(name)] = linear
-    return found
+    found = linears_with_reasons(model, blocks, PRECISIONS["nf4"], lambda name: is_excluded(name, config))
+    return {name: linear for name, linear, reason in found if not reason}
 
 
 def _given_plan(given: Mapping[str, str], linears: Mapping[str, nn.Module], known: Collection[str]) -> PrecisionPlan:
@@ -146,7 +138,7 @@ def _sizes(linears: Mapping[str, nn.Module]) -> dict[str, LinearSize]:
 def _size(linear: Any) -> LinearSize:
     if is_quantized(linear):
         return LinearSize(linear.out_features, linear.in_features, origin_of(linear).dtype.itemsize)
-    out_features, in_features = linear.weight.shape[::-1] if isinstance(linear, Conv1D) else linear.weight.shape
+    out_features, in_features = linear_weight(linear).shape
     return LinearSize(out_features, in_features, linear.weight.element_size())
 
 
@@ -170,19 +162,26 @@ def _candidates(
     model: nn.Module, blocks: Sequence[Block], linears: Mapping[str, nn.Module], config: AdaptQConfig
 ) -> dict[str, dict[str, nn.Module]]:
     """Each linear in each precision but the original one; the 4-bit one calibrated if the config says so."""
-    found = {
-        name: {key: _rounded(name, linear, settings) for key, settings in PRECISIONS.items() if settings is not None}
+    calibrated = {} if config.quantization_calibration is None else _calibrated(model, blocks, linears, config)
+    return {
+        name: {
+            key: calibrated[name] if key == "nf4" and name in calibrated else _rounded(name, linear, settings)
+            for key, settings in PRECISIONS.items()
+            if settings is not None
+        }
         for name, linear in linears.items()
     }
-    if config.quantization_calibration is not None:
-        given = config.calibration
-        # Each candidate is measured among original layers: there is nothing to make up for.
-        method = replace(resolve_calibration_method(config.quantization_calibration), asymmetric=False)
-        batches = mixed_calibration_batches(model, given.data, given.general_data, tokenizer=given.tokenizer)
-        calibrated = quantize_calibrated(model, blocks, linears, PRECISIONS["nf4"], batches, method)  # type: ignore[arg-type]
-        for name, layer in calibrated.layers.items():
-            found[name]["nf4"] = layer
-    return found
+
+
+def _calibrated(
+    model: nn.Module, blocks: Sequence[Block], linears: Mapping[str, nn.Module], config: AdaptQConfig
+) -> dict[str, nn.Module]:
+    """4-bit layers of the linears that can be calibrated."""
+    given = config.calibration
+    # Each candidate is measured among original layers: there is nothing to make up for.
+    method = replace(resolve_calibration_method(config.quantization_calibration), asymmetric=False)  # type: ignore[arg-type]
+    batches = mixed_calibration_batches(model, given.data, given.general_data, tokenizer=given.tokenizer)
+    return quantize_calibrated(model, blocks, linears, PRECISIONS["nf4"], batches, method).layers  # type: ignore[arg-type]
 
 
 def _rounded(name: str, linear: nn.Module, settings: QuantizationSettings | None) -> nn.Module:

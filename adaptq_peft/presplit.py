@@ -13,10 +13,10 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from .block_forms import linears_of
+from .block_forms import linears_with_reasons
 from .config import AdaptQConfig
 from .plan import choose_blocks
-from .quantization import LeaveReasons, QuantizationSettings, resolve_quantization
+from .quantization import QuantizationSettings, resolve_quantization
 from .selection import Block, find_blocks, strategy_needs_profile
 from .skeleton import build_skeleton
 from .targets import is_excluded
@@ -161,16 +161,15 @@ def _left_linears(
     skeleton: nn.Module, frozen: list[Block], settings: QuantizationSettings, config: AdaptQConfig
 ) -> list[str]:
     """Linears of the frozen blocks that the swap in memory leaves alone, too. Warns of those that it does not."""
-    reasons = LeaveReasons(skeleton, settings, lambda name: is_excluded(name, config))
     left: list[str] = []
     later: dict[str, str] = {}
-    for block in frozen:
-        reasons.look_into(block)
-        for name, linear in linears_of(block):
-            if reasons.of(name, linear):
-                left.append(name)
-            elif type(linear) is not nn.Linear and not isinstance(linear, Conv1D):
-                later[name] = type(linear).__name__
+    for name, linear, reason in linears_with_reasons(
+        skeleton, frozen, settings, lambda name: is_excluded(name, config)
+    ):
+        if reason:
+            left.append(name)
+        elif type(linear) is not nn.Linear and not isinstance(linear, Conv1D):
+            later[name] = type(linear).__name__
     if later:
         name, class_name = next(iter(later.items()))
         warnings.warn(

@@ -36,6 +36,17 @@ def logits(model, batch):
         return model(**batch).logits
 
 
+def makers_of_checkpoints(make_model):
+    """What makes each kind of tiny model that checkpoints on disk are tested with, by name."""
+    return {
+        "llama": make_model,
+        "llama-tied": lambda: make_model(tie_word_embeddings=True),
+        "gpt2": lambda: make_model("gpt2"),
+        "t5": tiny_t5,
+        "qwen-moe": tiny_qwen_moe,
+    }
+
+
 def fail_at_call(monkeypatch, owner, method, call):
     """Let the given call of a method, counted from 1, raise a MemoryError."""
     original, calls = getattr(owner, method), []

@@ -10,11 +10,10 @@ from typing import Any, cast
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from ..block_forms import linears_of
+from ..block_forms import linears_of, linears_with_reasons
 from ..fingerprint import fingerprint_base, sample_weights
 from ..layer import AdaptQLayer
 from ..quantization import (
-    LeaveReasons,
     QuantizationSettings,
     check_backend,
     is_quantized,
@@ -77,7 +76,7 @@ def quantize_base(
     method = resolve_calibration_method(method_name)
     found = find_blocks(model, layers_pattern)
     _check_original(model, found)
-    linears, left = _linears(model, _chosen(found, blocks), found, settings)
+    linears, left = _linears(model, _chosen(found, blocks), settings)
     if not linears:
         raise ValueError(f"there is no linear to quantize in these blocks; left as they are: {left}")
     batches = mixed_calibration_batches(model, data, general_data, tokenizer=tokenizer, tokens=tokens)
@@ -143,15 +142,12 @@ def _chosen(blocks: Sequence[Block], indices: Sequence[int] | None) -> list[Bloc
 
 
 def _linears(
-    model: nn.Module, chosen: Sequence[Block], blocks: Sequence[Block], settings: QuantizationSettings
+    model: nn.Module, chosen: Sequence[Block], settings: QuantizationSettings
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Those that an adapter would quantize, by dotted name, and the others with the reasons."""
-    reasons = LeaveReasons(model, settings, lambda name: False)
-    for block in blocks:
-        reasons.look_into(block)
-    linears = dict(pair for block in chosen for pair in linears_of(block))
-    left = {name: reason for name, linear in linears.items() if (reason := reasons.of(name, linear))}
-    return {name: linear for name, linear in linears.items() if name not in left}, left
+    found = list(linears_with_reasons(model, chosen, settings, lambda name: False))
+    left = {name: reason for name, _, reason in found if reason}
+    return {name: linear for name, linear, reason in found if not reason}, left
 
 
 def _all_layers(

@@ -76,12 +76,7 @@ class Measurements:
 
     def validation(self, model: nn.Module) -> dict[str, float | None]:
         """Perplexities on the validation texts, "domain" and "general"; `None` where one is not finite."""
-        documents = {"domain": self.valid.domain, "general": self.valid.general}
-        return {
-            name: finite(measure_documents(model, part, batch_size=self.valid.batch_size).total.value)
-            for name, part in documents.items()
-            if part is not None
-        }
+        return _perplexities(model, self.valid)
 
     def report(self, model: nn.Module, untrained: nn.Module | None = None) -> ForgettingReport | None:
         """The model against the base on the test texts; `None` if one of its losses is not finite.
@@ -112,17 +107,9 @@ class Measurements:
         scales, found = BlockScales(model), {}
         for factor in self._settings.scales:
             scales.set(np.full(len(scales.blocks), factor))
-            found[f"{factor:g}"] = self._perplexities(model)
+            found[f"{factor:g}"] = _perplexities(model, self.test)
         scales.set(np.ones(len(scales.blocks)))
         return found
-
-    def _perplexities(self, model: nn.Module) -> dict[str, float | None]:
-        assert self.test.domain is not None
-        documents = {"domain": self.test.domain, "general": self.test.general}
-        size = self.test.batch_size
-        return {
-            n: finite(measure_documents(model, part, batch_size=size).total.value) for n, part in documents.items()
-        }
 
     def _quantized_base(self, model: nn.Module) -> tuple[DocumentLosses, DocumentLosses]:
         """Losses of the quantized base on general and domain text; the same for all runs that quantize alike."""
@@ -188,6 +175,12 @@ def training_memory(model: nn.Module) -> dict[str, int]:
 def finite(value: float) -> float | None:
     """The value, or `None` for what JSON has no number for."""
     return value if math.isfinite(value) else None
+
+
+def _perplexities(model: nn.Module, reference: BaseReference) -> dict[str, float | None]:
+    assert reference.domain is not None
+    documents, size = {"domain": reference.domain, "general": reference.general}, reference.batch_size
+    return {n: finite(measure_documents(model, part, batch_size=size).total.value) for n, part in documents.items()}
 
 
 def _codes(model: nn.Module) -> int:

@@ -222,8 +222,10 @@ def _resolve_dtype(chosen: str, recorded: str | None) -> str:
     """The dtype of a study: which one is faster is measured once, and a study that goes on keeps it."""
     if chosen != "auto":
         return chosen
+    if recorded is not None:
+        return recorded
     found = torch.bfloat16 if torch.cuda.is_available() else faster_dtype()
-    return recorded or str(found).removeprefix("torch.")
+    return str(found).removeprefix("torch.")
 
 
 def _nothing(step: int, loss: float) -> None:

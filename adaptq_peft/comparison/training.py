@@ -98,9 +98,8 @@ def train_run(
     answers = _answers(run.method, measurements)
     base = load()
     start = time.perf_counter()
-    inputs = Inputs([{"input_ids": sample["input_ids"].tolist()} for sample in samples], [], run.seed)
-    if samples:
-        inputs = Inputs(inputs.samples, measurements.general_samples, run.seed)
+    lists = [{"input_ids": sample["input_ids"].tolist()} for sample in samples]
+    inputs = Inputs(lists, measurements.general_samples if samples else [], run.seed)
     model = run.method.build(base, inputs, **run.method.options)
     trained = Trained(model, training_memory(model), [], {"build": time.perf_counter() - start})
     steps = num_steps(run.samples, run.method, settings) if steps is None else steps

@@ -14,11 +14,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..block_forms import linears_of
+from ..block_forms import linears_with_reasons
 from ..config import AdaptQConfig
 from ..plan import choose_blocks
 from ..precision import assume_precision, choose_precision
-from ..quantization import LeaveReasons, QuantizationSettings, quantize_on_meta, resolve_quantization
+from ..quantization import QuantizationSettings, quantize_on_meta, resolve_quantization
 from ..quantization.precision_plan import PRECISIONS
 from ..selection import find_blocks, strategy_needs_profile
 from ..skeleton import build_skeleton
@@ -117,6 +117,8 @@ def plan_memory(
     adaptq, blocks, adapted = _adaptq_model(build_skeleton(model, dtype), config)
     plain = build_skeleton(model, dtype)
     unquantized = measure_weight_bytes(plain, config.layers_pattern)  # type: ignore[arg-type]
+    largest = max(parameter.nbytes for parameter in plain.parameters())
+    checkpoint = None if headers is None else headers.summarize(plain)
     models = {
         "ADAPTQ": adaptq,
         "LoRA": _lora_model(build_skeleton(model, dtype), config, lora_rank, quantized=False),
@@ -126,7 +128,6 @@ def plan_memory(
     methods = {name: measure_method(trained, config.layers_pattern, galore_rank) for name, trained in models.items()}
     weights = methods["ADAPTQ"].weights
     settings = resolve_quantization(config.quantization)
-    largest = max(parameter.nbytes for parameter in build_skeleton(model, dtype).parameters())
     return MemoryPlan(
         num_blocks=blocks,
         adapted=adapted,
@@ -137,7 +138,7 @@ def plan_memory(
         planned_ratio=weights.block_linears / unquantized.block_linears,
         peak_in_memory=unquantized.total + weights.quantized_linears + weights.adapters,
         peak_presplit=weights.total + largest if settings is None or settings.backend == "bitsandbytes" else None,
-        checkpoint=None if headers is None else headers.summarize(build_skeleton(model, dtype)),
+        checkpoint=checkpoint,
     )
 
 
@@ -277,12 +278,8 @@ def _quantize(
     precision: dict[str, str] | None = None,
 ) -> None:
     """Quantize the linears of blocks as `get_peft_model` does, without values; by a plan, if there is one."""
-    reasons = LeaveReasons(model, settings, lambda name: is_excluded(name, config))
-    for block in find_blocks(model, config.layers_pattern):
-        reasons.look_into(block)
-        if block.index not in indices:
-            continue
-        for name, linear in linears_of(block):
-            planned = settings if precision is None else PRECISIONS[precision.get(name, "none")]
-            if planned is not None and not reasons.of(name, linear):
-                model.set_submodule(name, quantize_on_meta(linear, planned))
+    blocks = [block for block in find_blocks(model, config.layers_pattern) if block.index in indices]
+    for name, linear, reason in linears_with_reasons(model, blocks, settings, lambda name: is_excluded(name, config)):
+        planned = settings if precision is None else PRECISIONS[precision.get(name, "none")]
+        if planned is not None and not reason:
+            model.set_submodule(name, quantize_on_meta(linear, planned))

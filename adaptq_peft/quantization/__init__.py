@@ -17,6 +17,7 @@ from .backends import (
 )
 from .bitsandbytes_backend import keep_gradients_on_cpu
 from .leave_reasons import LeaveReasons, fused_experts
+from .origin import linear_weight
 from .original_weights import ORIGINAL_WEIGHTS, OriginalWeights
 from .settings import QUANTIZATION_NAMES, QuantizationSettings, resolve_quantization
 
@@ -32,6 +33,7 @@ __all__ = [
     "fused_experts",
     "is_quantized",
     "keep_gradients_on_cpu",
+    "linear_weight",
     "load_quantized",
     "origin_of",
     "quantization_on_arrival",

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import bitsandbytes_backend, hqq_backend
-from .origin import Origin, linear_from_tensors
+from .origin import Origin, linear_from_tensors, linear_weight
 from .settings import QuantizationSettings
 
 
@@ -128,10 +128,9 @@ def quantize_on_meta(linear: nn.Module, settings: QuantizationSettings) -> nn.Mo
 
 
 def _quantize(linear: Any, settings: QuantizationSettings) -> nn.Module:
-    weight = linear.weight.data
+    weight = linear_weight(linear)
     linear_class = Conv1D if isinstance(linear, Conv1D) else nn.Linear
-    matrix = weight.t() if linear_class is Conv1D else weight
-    quantized = BACKENDS[settings.backend].quantize_weight(matrix.contiguous(), linear.bias is not None, settings)
+    quantized = BACKENDS[settings.backend].quantize_weight(weight.contiguous(), linear.bias is not None, settings)
     # Straight into the dict: with `low_cpu_mem_usage=True`, registering a parameter would send it to the meta device.
     quantized._parameters["bias"] = linear.bias
     quantized.adaptq_origin = Origin(linear_class, weight.dtype)  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""What a quantized linear was before, and plain linears made from tensors."""
+"""Plain linears: their weights, what a quantized one was before, and ones that are made from tensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,12 @@ class Origin:
     dtype: torch.dtype
     kept: nn.Module | None = None
     calibrated: bool = False
+
+
+def linear_weight(linear: nn.Module) -> torch.Tensor:
+    """The weight of `nn.Linear` or `Conv1D` as [out, in], without autograd; no copy."""
+    weight: torch.Tensor = linear.weight.data  # type: ignore[assignment]
+    return weight.t() if isinstance(linear, Conv1D) else weight
 
 
 def linear_from_tensors(linear_class: type[nn.Module], weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:

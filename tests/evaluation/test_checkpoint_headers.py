@@ -9,7 +9,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import tiny_qwen_moe, tiny_t5
+from support import makers_of_checkpoints
 from transformers import AutoModelForCausalLM
 
 from adaptq_peft import AdaptQConfig
@@ -22,13 +22,7 @@ FILE = "model.safetensors"
 
 @pytest.fixture
 def save(make_model, tmp_path):
-    makers = {
-        "llama": make_model,
-        "llama-tied": lambda: make_model(tie_word_embeddings=True),
-        "gpt2": lambda: make_model("gpt2"),
-        "t5": tiny_t5,
-        "qwen-moe": tiny_qwen_moe,
-    }
+    makers = makers_of_checkpoints(make_model)
 
     def run(kind="llama", dtype=torch.float32, **options):
         makers[kind]().to(dtype).save_pretrained(tmp_path, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
-from support import tiny_qwen_moe, tiny_t5
+from support import makers_of_checkpoints
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
 from adaptq_peft import AdaptQConfig, adaptq_bnb_config, profile_activations
@@ -14,13 +14,7 @@ from adaptq_peft.selection.streaming import device_map_with_blocks_on_disk, stre
 
 @pytest.fixture
 def save(make_model, tmp_path):
-    makers = {
-        "llama": make_model,
-        "llama-tied": lambda: make_model(tie_word_embeddings=True),
-        "gpt2": lambda: make_model("gpt2"),
-        "t5": tiny_t5,
-        "qwen-moe": tiny_qwen_moe,
-    }
+    makers = makers_of_checkpoints(make_model)
 
     def run(kind, dtype=torch.float32, **options):
         torch.manual_seed(0)

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...evaluation_mode import evaluation_mode
 from ...selection import Block
+from ..origin import linear_weight
 from ..settings import QuantizationSettings
 from .absmax_search import search_absmax
 from .block_stream import Batch, BlockStream, linears_by_input
@@ -238,12 +239,6 @@ def input_moments(
 
 def _add(total: Tensor | None, product: Tensor) -> Tensor:
     return product if total is None else total.add_(product)
-
-
-def linear_weight(linear: nn.Module) -> Tensor:
-    """The weight of `nn.Linear` or `Conv1D` as [out, in]."""
-    weight: Tensor = linear.weight.data  # type: ignore[assignment]
-    return weight.t() if isinstance(linear, Conv1D) else weight
 
 
 def quantize_weight(
