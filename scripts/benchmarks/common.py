@@ -124,16 +124,19 @@ def parameter_bytes(model: nn.Module) -> int:
     return total
 
 
-def report(arguments: argparse.Namespace, result: dict[str, object]) -> None:
-    """Print the result with the machine and versions it was measured on, and write it where `--output` says."""
+def device_and_versions() -> dict[str, object]:
+    """What a figure was measured on."""
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    result = {
-        "command": {k: str(v) for k, v in vars(arguments).items() if v is not None},
+    return {
         "machine": f"{machine}, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        **result,
     }
-    text = json.dumps(result, indent=2)
+
+
+def report(arguments: argparse.Namespace, result: dict[str, object]) -> None:
+    """Print the result with the machine and versions it was measured on, and write it where `--output` says."""
+    command = {name: str(value) for name, value in vars(arguments).items() if value is not None}
+    text = json.dumps({"command": command, **device_and_versions(), **result}, indent=2)
     print(text)
     if arguments.output:
         arguments.output.write_text(text + "\n")
