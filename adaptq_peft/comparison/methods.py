@@ -57,6 +57,7 @@ class Method:
         rate_factor: what the rates that are searched are multiplied by. Full-rank weights take a quarter of what
             low-rank matrices take; ADAPTQ has that factor in its `delta_scaling`.
         accumulation: batches whose gradients are added up for a step.
+        autocast: whether float32 weights are trained that the model computes with in the base's dtype.
         is_trained: whether it trains at all.
     """
 
@@ -70,6 +71,7 @@ class Method:
     fixed_rate: float | None = None
     rate_factor: float = 1.0
     accumulation: int = 1
+    autocast: bool = False
     is_trained: bool = True
 
     def rates(self, searched: Sequence[float]) -> tuple[float, ...]:
@@ -81,7 +83,7 @@ class Method:
     @property
     def training(self) -> str:
         """Equal for methods that train in the same way, and all that training depends on."""
-        described = [self.build.__name__, self.options, self.anchor, self.accumulation, self.is_trained]
+        described = [self.build.__name__, self.options, self.anchor, self.accumulation, self.autocast, self.is_trained]
         return json.dumps(described, sort_keys=True)
 
 
@@ -115,7 +117,7 @@ def _baselines() -> Iterator[Method]:
     every: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
     query_value: dict[str, Any] = {"r": 8, "lora_alpha": 16}
     yield Method("vanilla", "not trained", _base, is_trained=False)
-    yield Method("full", "full fine-tuning", _full, rate_factor=0.25)
+    yield Method("full", "full fine-tuning", _full, rate_factor=0.25, autocast=True)
     yield Method("lora-paper", "LoRA, the paper's recipe", _lora, query_value, fixed_rate=2e-4, accumulation=4)
     yield Method("lora-qv", "LoRA on q, v", _lora, query_value)
     yield Method("lora", "LoRA on all linears", _lora, every)

@@ -97,6 +97,7 @@ def train_run(
     samples = draw_samples(windows, run.samples, run.seed)
     answers = _answers(run.method, measurements)
     base = load()
+    autocast = base.dtype if run.method.autocast and base.dtype != torch.float32 else None
     start = time.perf_counter()
     lists = [{"input_ids": sample["input_ids"].tolist()} for sample in samples]
     inputs = Inputs(lists, measurements.general_samples if samples else [], run.seed)
@@ -117,6 +118,7 @@ def train_run(
                 on_step=on_step,
                 accumulation=run.method.accumulation,
                 weight_decay=settings.weight_decay,
+                autocast=autocast,
                 callbacks=[timer, *anchors],
             )
         trained.seconds["step"] = statistics.median(timer.seconds[1:] or timer.seconds)

@@ -54,6 +54,7 @@ def train(
     on_step: StepReport,
     accumulation: int = 1,
     weight_decay: float = 0.0,
+    autocast: torch.dtype | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[float]:
     """Train what requires gradients with AdamW, 10% warmup, then linear decay to zero, gradients clipped to norm 1.
@@ -68,6 +69,8 @@ def train(
         on_step: Called after each step.
         accumulation: Forward passes a step.
         weight_decay: Decoupled weight decay.
+        autocast: torch.bfloat16 or torch.float16: compute in it where the model's weights are in float32. Default
+            `None`: compute in the dtype of the weights.
         callbacks: Of the Trainer, called before `on_step`.
 
     Returns:
@@ -82,6 +85,8 @@ def train(
             gradient_accumulation_steps=accumulation,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
+            bf16=autocast == torch.bfloat16,
+            fp16=autocast == torch.float16,
             warmup_steps=-(-steps // 10),
             optim="adamw_torch",
             seed=seed,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
 from adaptq_peft import register_selection_strategy
+from adaptq_peft.comparison import training
 from adaptq_peft.comparison.methods import Inputs, adaptq_options, method_names, quantize_lower_blocks, resolve_methods
 from adaptq_peft.comparison.records import Run
 from adaptq_peft.comparison.training import results, train_run
@@ -48,6 +51,20 @@ def test_each_main_method_trains_and_is_measured(name, trained):
     assert (domain["adapted"] != domain["quantized"]) == (name != "vanilla")
     assert len(record["losses"]) == (0 if name == "vanilla" else 2)
     assert record["finish"].get("feasible") in ((True, False) if name.endswith("-budget") else (None,))
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.bfloat16), (torch.float32, None)])
+def test_full_fine_tuning_computes_in_the_dtype_of_the_base(
+    load, dtype, expected, windows, measurements, settings, monkeypatch
+):
+    seen = {}
+    monkeypatch.setattr(
+        training, "train", lambda model, samples, **options: seen.update(options, model=model) or [1.0]
+    )
+    monkeypatch.setattr(training, "_StepTimer", lambda: SimpleNamespace(seconds=[1.0]))
+    train_run(run_of("full"), lambda: load().to(dtype), windows, measurements, settings(), lambda step, loss: None)
+    assert seen["autocast"] == expected
+    assert {p.dtype for p in seen["model"].parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", [name for name in method_names() if name not in MAIN])
