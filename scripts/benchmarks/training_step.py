@@ -4,6 +4,7 @@
 
 The variants, all with AdamW, run in turn in one process:
 - adaptq: the top half of the blocks adapted, the rest as `--quantization` says, deltas in the dtype of the weights;
+- calibrated: the same with `quantization_calibration="auto"`; not in the default variants, since it takes minutes;
 - unfrozen: the same blocks of the same base unfrozen directly, without PEFT, the others quantized in the same way;
 - lora: PEFT's LoRA, r=8 on all linears, 16-bit base; qlora: the same with all linears of the blocks in NF4.
 
@@ -42,8 +43,13 @@ def top_half(model: nn.Module) -> list[int]:
     return list(range(count - count // 2, count))
 
 
-def make_adaptq(model: nn.Module, quantization: str) -> nn.Module:
-    config = AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=top_half(model), quantization=quantization)
+def make_adaptq(model: nn.Module, quantization: str, calibration: str | None = None) -> nn.Module:
+    config = AdaptQConfig(
+        task_type="CAUSAL_LM",
+        layers_to_transform=top_half(model),
+        quantization=quantization,
+        quantization_calibration=calibration,
+    )
     return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
@@ -87,6 +93,7 @@ def main() -> None:
     arguments = parse()
     makers = {
         "adaptq": lambda model: make_adaptq(model, arguments.quantization),
+        "calibrated": lambda model: make_adaptq(model, arguments.quantization, "auto"),
         "unfrozen": lambda model: make_unfrozen(model, arguments.quantization),
         "lora": lambda model: make_lora(model, "none"),
         "qlora": lambda model: make_lora(model, "nf4"),
