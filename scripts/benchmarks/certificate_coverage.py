@@ -2,7 +2,7 @@
 
     python scripts/benchmarks/certificate_coverage.py my-adapter --general wiki_test.txt
 
-The losses of the base, and of the adapter with its change multiplied by each of `--factors`, are measured once on every
+The losses of the base, and of the adapter with its change multiplied by each of `--factors`, are measured once on each
 paragraph of the file that fills `--tokens` tokens. Then `--documents` of them are drawn without replacement, `--draws`
 times, and bounded as `fit_to_budget` bounds its candidates. All paragraphs stand for the truth. For a budget that half
 of the candidates hold, it also counts how often the first candidate within the bound is truly above the budget.
