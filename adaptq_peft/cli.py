@@ -31,12 +31,21 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of the order of the training samples.")] = 0,
     ratio: Annotated[float, typer.Option(help="Share of the blocks that is adapted, above 0 and at most 1.")] = 0.5,
+    calibrate: Annotated[
+        bool, typer.Option(help="Choose the 4-bit codes on text; without it rounding is plain and takes seconds.")
+    ] = True,
 ) -> None:
     """Adapt SmolLM2-135M to early American presidential messages: profile, quantize, train, save, reload, report."""
     from .demo.settings import DemoSettings
 
     try:
-        settings = DemoSettings(output_dir=output_dir, steps=steps, seed=seed, ratio=ratio)
+        settings = DemoSettings(
+            output_dir=output_dir,
+            steps=steps,
+            seed=seed,
+            ratio=ratio,
+            quantization_calibration="auto" if calibrate else None,
+        )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     try:

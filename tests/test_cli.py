@@ -45,6 +45,11 @@ def test_demo_options_reach_the_settings(settings_seen):
     assert (settings.output_dir, settings.steps, settings.seed, settings.ratio) == (Path("out"), 7, 3, 0.25)
 
 
+def test_demo_without_calibration(settings_seen):
+    RUNNER.invoke(app, ["demo", "--no-calibrate"])
+    assert settings_seen == [run.DemoSettings(quantization_calibration=None)]
+
+
 def test_defaults_are_those_of_the_settings(settings_seen):
     RUNNER.invoke(app, ["demo"])
     assert settings_seen == [run.DemoSettings()]

@@ -155,6 +155,7 @@ def _adapt(run: _Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         calibration_samples=run.settings.calibration_samples,
         calibration_tokenizer=tokenizer,
         calibration_max_length=run.settings.sequence_length,
+        quantization_calibration=run.settings.quantization_calibration,
     )
     with run.timed("profile, select, quantize"):
         adapted = get_peft_model(model, config)

@@ -20,6 +20,7 @@ class DemoSettings:
         sequence_length: Tokens in a training or calibration sample.
         calibration_samples: Paragraphs that the profile is taken on.
         evaluation_tokens: Tokens of domain and of general text that perplexity is measured on.
+        quantization_calibration: How the 4-bit codes are chosen, as in `AdaptQConfig`; `None`: plain rounding.
 
     Raises:
         ValueError: If a number is out of range; all faults are in one message.
@@ -34,6 +35,7 @@ class DemoSettings:
     sequence_length: int = 128
     calibration_samples: int = 100
     evaluation_tokens: int = 10_000
+    quantization_calibration: str | None = "auto"
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "batch_size": 1, "sequence_length": 2, "calibration_samples": 1, "evaluation_tokens": 2}

@@ -20,6 +20,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 def tiny_settings(folder: Path, **changes) -> DemoSettings:
     small = {"steps": 3, "batch_size": 2, "sequence_length": 16, "calibration_samples": 50, "evaluation_tokens": 200}
+    small["quantization_calibration"] = None
     return DemoSettings(output_dir=folder, **(small | changes))
 
 
@@ -29,7 +30,8 @@ def finished(tmp_path_factory, demo_texts, tiny_model_folder):
     folder = tmp_path_factory.mktemp("demo")
     printed = StringIO()
     console = Console(file=printed, width=100)
-    report = run_demo(tiny_settings(folder), console=console, texts=demo_texts, model_folder=tiny_model_folder)
+    settings = tiny_settings(folder, quantization_calibration="auto")
+    report = run_demo(settings, console=console, texts=demo_texts, model_folder=tiny_model_folder)
     return report, folder, printed.getvalue()
 
 
@@ -71,6 +73,16 @@ def test_adapter_carries_its_figures_and_its_card_shows_them(finished):
         f"| domain: held-out documents of the domain, {tokens:,} tokens | {evaluation['domain']['base']:.2f} | "
         in card
     )
+
+
+def test_codes_are_calibrated_unless_told_otherwise(finished, short_run):
+    report, folder, _ = finished
+    assert report["settings"]["quantization_calibration"] == DemoSettings().quantization_calibration == "auto"
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert config["quantization_calibration"] == "auto"
+    plain = short_run()["perplexity"]
+    assert plain["base"] == report["perplexity"]["base"]
+    assert plain["quantized"] != report["perplexity"]["quantized"]
 
 
 def test_training_changed_the_model(finished):
