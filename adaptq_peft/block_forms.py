@@ -107,6 +107,8 @@ class BlockForms:
     Attributes:
         report: what was done.
         repairs: dotted name of a linear -> the A and B of `rounding_repair` that its correction starts from.
+        kept: dotted name of each linear that was quantized before and keeps its rounding, as it is or dequantized ->
+            the quantized layer.
 
     Raises:
         ValueError: if a linear can't be quantized, or its original weights are needed and can't be had.
@@ -115,6 +117,7 @@ class BlockForms:
     def __init__(self, model: nn.Module, blocks: list[Block], wishes: Wishes, others: list[str]) -> None:
         self.report = QuantizationReport(precision=wishes.precision)
         self.repairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.kept: dict[str, nn.Module] = {}
         self._model = model
         self._wishes = wishes
         self._others = others
@@ -129,6 +132,10 @@ class BlockForms:
             reasons = LeaveReasons(model, wishes.settings, wishes.is_excluded)
         for block in tqdm(blocks, desc="Preparing blocks", unit="block", delay=2):
             self._build(block, reasons)
+        if wishes.calibrate:
+            plain = [name for name, quantized in self.kept.items() if not origin_of(quantized).calibrated]
+            frozen = [name for name in plain if name not in self.report.restored]
+            self.report.plain.update(dict.fromkeys(frozen, "it was quantized already"))
         if wishes.calibrate and self.report.swapped:
             self._calibrate(wishes.calibrate)
 
@@ -201,6 +208,7 @@ class BlockForms:
     def _with_shared_codes(self, name: str, quantized: nn.Module) -> nn.Module:
         """A linear that is quantized already, as it is; in a model that arrived so, with the shared base's codes."""
         if self._wishes.load_codes is None or self._others:  # the others have their codes from the same base
+            self.kept[name] = quantized
             return quantized
         self._replacements[name] = copy.deepcopy(quantized)
         self._wishes.load_codes(base_name(name), self._replacements[name])
@@ -228,6 +236,8 @@ class BlockForms:
     def _want_original(self, name: str, module: nn.Module) -> None:
         quantized = module.base_layer if isinstance(module, AdaptQLayer) else module
         original = self._originals.restore(name, quantized)
+        if self._wishes.original_weights == "dequantized":
+            self.kept[name] = quantized
         self.report.restored.append(name)
         layer = _both(original, quantized, self._others) if self._others else original
         if isinstance(module, AdaptQLayer) and isinstance(layer, AdaptQLayer):

@@ -48,7 +48,7 @@ from .mixed_batch import mixed_batch
 from .module_names import base_name
 from .offloading import kept_on_device
 from .plan import AdapterPlan, make_plan
-from .quantization import keep_gradients_on_cpu, resolve_quantization, skip_when_quantizing
+from .quantization import keep_gradients_on_cpu, origin_of, resolve_quantization, skip_when_quantizing
 from .quantization.calibrated import (
     CalibratedLinears,
     mixed_calibration_batches,
@@ -89,6 +89,7 @@ class AdaptQTuner(BaseTuner):
         wishes = _wishes(adapter_name, config, plan, calibrate, base)
         forms = BlockForms(model, plan.blocks, wishes, list(others))
         _check_calibrated_before(config, others, forms)
+        _check_kept_codes(config, forms)
         with self._undo_on_error(model, adapter_name, forms):
             forms.apply()
             fingerprint = fingerprint_base(model, plan.blocks, plan.adapted)
@@ -448,6 +449,19 @@ def _check_calibrated_before(config: AdaptQConfig, others: Mapping[str, AdaptQCo
             f"The new adapter freezes blocks that adapters {list(others)} on this model do not freeze, and they can't "
             "be calibrated beside them. Give all of them one quantized_base (adaptq quantize-base makes it), or put "
             "the new one on a base model of its own."
+        )
+
+
+def _check_kept_codes(config: AdaptQConfig, forms: BlockForms) -> None:
+    """A load rounds plainly what the adapter's file does not hold, and a deleted adapter may have left other codes."""
+    has_codes = saves_quantized(config) or config.quantized_base is not None
+    calibrated = [name for name, quantized in forms.kept.items() if origin_of(quantized).calibrated]
+    lost = [name for name in calibrated if name in forms.report.restored or not has_codes]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} linears of this model, the first is {lost[0]}, have calibrated codes of an adapter before, "
+            "and the new adapter would get plain rounding there when it is loaded again. Put it on a base model of "
+            "its own, or on the one that unload() returns."
         )
 
 
