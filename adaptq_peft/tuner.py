@@ -48,7 +48,7 @@ from .mixed_batch import mixed_batch
 from .module_names import base_name
 from .offloading import kept_on_device
 from .plan import AdapterPlan, make_plan
-from .quantization import keep_gradients_on_cpu, origin_of, resolve_quantization, skip_when_quantizing
+from .quantization import gradients_kept_on_cpu, origin_of, resolve_quantization, skip_when_quantizing
 from .quantization.calibrated import (
     CalibratedLinears,
     mixed_calibration_batches,
@@ -80,6 +80,10 @@ class AdaptQTuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Profile, select, quantize and add deltas; called by `get_peft_model` and `add_adapter`."""
+        with gradients_kept_on_cpu(model):
+            self._inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         others = dict(self._configs)
         config = others.pop(adapter_name)
         with _adapters_off(model):
@@ -139,18 +143,16 @@ class AdaptQTuner(BaseTuner):
         self.quantization_report.corrected.extend(report.corrected)
         skip_when_quantizing(model, report.restored)
         self._frozen_prefix.set_blocks([block.name for block in plan.blocks])
-        for module in model.modules():
-            keep_gradients_on_cpu(module)
         unasked = {name: why for name, why in report.left.items() if not why.startswith("named in")}
         if unasked:
             listed = "; ".join(f"{name}: {why}" for name, why in unasked.items())
             what = "corrected" if plan.quantization == "none" else "quantized"
-            warnings.warn(f"{len(unasked)} weights of frozen blocks were not {what}. {listed}", stacklevel=3)
+            warnings.warn(f"{len(unasked)} weights of frozen blocks were not {what}. {listed}", stacklevel=4)
         if config.frozen_rank and not report.corrected:
             warnings.warn(
                 f"frozen_rank is {config.frozen_rank}, and there is no linear to correct: none of those in frozen "
                 "blocks is chosen by target_modules, or there are no frozen blocks.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     @property

@@ -15,7 +15,7 @@ from .backends import (
     quantize_on_meta,
     settings_of,
 )
-from .bitsandbytes_backend import keep_gradients_on_cpu
+from .bitsandbytes_backend import gradients_kept_on_cpu
 from .leave_reasons import LeaveReasons, fused_experts
 from .origin import linear_weight
 from .original_weights import ORIGINAL_WEIGHTS, OriginalWeights
@@ -31,8 +31,8 @@ __all__ = [
     "dequantize_linear",
     "forget_arrival",
     "fused_experts",
+    "gradients_kept_on_cpu",
     "is_quantized",
-    "keep_gradients_on_cpu",
     "linear_weight",
     "load_quantized",
     "origin_of",

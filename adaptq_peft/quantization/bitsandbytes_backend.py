@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -135,6 +136,20 @@ def keep_gradients_on_cpu(module: nn.Module) -> None:
         module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         if not module.get_parameter("weight").is_meta:
             module.state_dict()  # undoes the repacking, if there was an evaluation pass before
+
+
+@contextmanager
+def gradients_kept_on_cpu(model: nn.Module) -> Iterator[None]:
+    """`keep_gradients_on_cpu` for all modules of a model, taken back if the code within the context fails."""
+    packed = [module for module in model.modules() if vars(module).get("support_avx512bf16_for_cpu")]
+    for module in packed:
+        keep_gradients_on_cpu(module)
+    try:
+        yield
+    except BaseException:
+        for module in packed:
+            module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
+        raise
 
 
 def origin_as_loaded(quantized: nn.Module) -> Origin:
