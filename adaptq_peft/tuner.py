@@ -488,6 +488,7 @@ def _wishes(
         is_excluded=lambda name: is_excluded(name, config),
         calibrate=calibrate,
         load_codes=None if base is None else base.load_into,
+        codes_in_file=config.base_fingerprint is not None and saves_quantized(config),
         corrected_rank=config.frozen_rank,
         is_corrected=lambda name, linear: is_targeted(base_name(name), linear, config),
         repairs=config.frozen_rank_init == "svd" and not config.is_from_file,  # else the values are to be loaded

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from support import logits, randomize
 
 from adaptq_peft import AdaptQConfig
-from adaptq_peft.quantization import is_quantized
+from adaptq_peft.quantization import is_quantized, quantize_linear
 
 METHODS = ["gptq", "descent"]
 
@@ -31,6 +31,25 @@ def test_it_is_nearer_to_the_original_than_plain_rounding(model, samples, batch,
     wrapped = get_peft_model(model, config(samples, quantization_calibration=method))
     assert error_of(wrapped, base, batch) < error_of(plain, base, batch)
     assert wrapped.base_model.quantization_report.plain == {}
+
+
+def test_weights_that_get_other_codes_are_not_rounded_plainly(make_model, samples, batch, tmp_path, monkeypatch):
+    """But those that can't be calibrated are: k_proj and the like of this model have 96 inputs."""
+    model = make_model(hidden_size=96)
+    base, rounded = copy.deepcopy(model), []
+
+    def note(linear, settings):
+        rounded.append(linear.weight.shape)
+        return quantize_linear(linear, settings)
+
+    monkeypatch.setattr("adaptq_peft.block_forms.quantize_linear", note)
+    wrapped = get_peft_model(model, config(samples))
+    assert len(rounded) == len(wrapped.base_model.quantization_report.plain) == 12
+    assert torch.Size([96, 128]) not in rounded
+    wrapped.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(logits(loaded, batch), logits(wrapped, batch))
+    assert len(rounded) == 12
 
 
 @pytest.mark.parametrize("method", METHODS)

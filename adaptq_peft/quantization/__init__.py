@@ -8,6 +8,7 @@ from .arrival import forget_arrival, quantization_on_arrival, skip_when_quantizi
 from .backends import (
     check_backend,
     dequantize_linear,
+    empty_quantized,
     is_quantized,
     load_quantized,
     origin_of,
@@ -29,6 +30,7 @@ __all__ = [
     "QuantizationSettings",
     "check_backend",
     "dequantize_linear",
+    "empty_quantized",
     "forget_arrival",
     "fused_experts",
     "gradients_kept_on_cpu",

@@ -16,6 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from .origin import Origin
 from .settings import QuantizationSettings
 
+#: Values of absmax that share a scale, where it is nested.
+NESTED_BLOCK_SIZE = 256
+
 
 def quantize_weight(weight: torch.Tensor, bias: bool, settings: QuantizationSettings) -> nn.Module:
     """A `Linear4bit` or `Linear8bitLt` with the codes of a weight, on its device.
@@ -37,10 +40,43 @@ def quantize_weight(weight: torch.Tensor, bias: bool, settings: QuantizationSett
     return quantized
 
 
-def _linear_4bit(weight: torch.Tensor, bias: bool, settings: QuantizationSettings) -> nn.Module:
+def empty_linear(weight: torch.Tensor, bias: bool, settings: QuantizationSettings) -> nn.Module:
+    """The `Linear4bit` that `quantize_weight` would make, with zeros for codes and scales: they are to be loaded."""
+    import bitsandbytes.functional as bnb
+
+    codes, like = bnb.quantize_4bit(
+        weight.to("meta"), quant_type=settings.quant_type, quant_storage=settings.storage_dtype
+    )
+    absmax, offset, nested = torch.zeros(like.absmax.shape, device=weight.device), None, None
+    if settings.nested_absmax:
+        offset = absmax.new_zeros(())
+        absmax, nested = bnb.quantize_blockwise(absmax, blocksize=NESTED_BLOCK_SIZE)
+    state = bnb.QuantState(
+        absmax=absmax,
+        shape=like.shape,
+        code=bnb.get_4bit_type(settings.quant_type, device=weight.device),
+        blocksize=like.blocksize,
+        quant_type=settings.quant_type,
+        dtype=weight.dtype,
+        offset=offset,
+        state2=nested,
+    )
+    layer: Any = _linear_4bit(torch.zeros_like(codes, device=weight.device), bias, settings, weight.shape, state)
+    layer.quant_state = state
+    return layer
+
+
+def _linear_4bit(
+    weight: torch.Tensor,
+    bias: bool,
+    settings: QuantizationSettings,
+    shape: torch.Size | None = None,
+    state: Any = None,
+) -> nn.Module:
+    """A `Linear4bit` of a weight or, with its `shape` and a `QuantState`, of codes that it has."""
     import bitsandbytes as bnb
 
-    out_features, in_features = weight.shape
+    out_features, in_features = shape or weight.shape
     storage: dict[str, Any] = {
         "compress_statistics": settings.nested_absmax,
         "quant_type": settings.quant_type,
@@ -49,8 +85,10 @@ def _linear_4bit(weight: torch.Tensor, bias: bool, settings: QuantizationSetting
     layer = bnb.nn.Linear4bit(
         in_features, out_features, bias=bias, compute_dtype=settings.compute_dtype, device="meta", **storage
     )
-    params: Any = bnb.nn.Params4bit(weight, requires_grad=False, module=layer, **storage)
-    layer._parameters["weight"] = params.to(weight.device)
+    params: Any = bnb.nn.Params4bit(
+        weight, requires_grad=False, quant_state=state, bnb_quantized=state is not None, module=layer, **storage
+    )
+    layer._parameters["weight"] = params.to(weight.device)  # quantizes a weight
     keep_gradients_on_cpu(layer)
     layer.register_load_state_dict_pre_hook(_load_quant_state)
     return layer
