@@ -54,6 +54,7 @@ from .quantization.calibrated import (
     mixed_calibration_batches,
     quantize_calibrated,
     resolve_calibration_method,
+    text_written_once,
 )
 from .targets import is_excluded, is_targeted, match_by_peft
 
@@ -86,12 +87,13 @@ class AdaptQTuner(BaseTuner):
     def _inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         others = dict(self._configs)
         config = others.pop(adapter_name)
-        with _adapters_off(model):
-            plan = make_plan(model, config, others)
-        base = _open_quantized_base(model, config, plan, others)
-        calibrate = None if others else _calibration(model, config, plan)
-        wishes = _wishes(adapter_name, config, plan, calibrate, base)
-        forms = BlockForms(model, plan.blocks, wishes, list(others))
+        with text_written_once():
+            with _adapters_off(model):
+                plan = make_plan(model, config, others)
+            base = _open_quantized_base(model, config, plan, others)
+            calibrate = None if others else _calibration(model, config, plan)
+            wishes = _wishes(adapter_name, config, plan, calibrate, base)
+            forms = BlockForms(model, plan.blocks, wishes, list(others))
         _check_calibrated_before(config, others, forms)
         _check_kept_codes(config, forms)
         with self._undo_on_error(model, adapter_name, forms):
