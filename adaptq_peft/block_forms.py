@@ -22,6 +22,7 @@ from .quantization import (
     QuantizationSettings,
     check_backend,
     dequantize_linear,
+    empty_quantized,
     fused_experts,
     is_quantized,
     linear_weight,
@@ -71,6 +72,7 @@ class Wishes:
         calibrate: makes calibrated layers for linears by their dotted names; `None`: plain rounding.
         load_codes: puts the codes of a shared base into a quantized linear, given with its dotted name in the base
             model; `None`: they are made here.
+        codes_in_file: whether the codes of frozen blocks are loaded later, with the adapter's file. Default `False`.
         corrected_rank: rank of the low-rank corrections on linears of frozen blocks. Default 0: there are none.
         is_corrected: whether such a linear, given with its dotted name, gets one. Default: each does.
         repairs: whether corrections repair the quantization from the start. Default `False`.
@@ -85,6 +87,7 @@ class Wishes:
     precision: PrecisionPlan | None = None
     calibrate: Callable[[dict[str, nn.Module]], CalibratedLinears] | None = None
     load_codes: Callable[[str, nn.Module], None] | None = None
+    codes_in_file: bool = False
     corrected_rank: int = 0
     is_corrected: Callable[[str, nn.Module], bool] = lambda name, linear: True
     repairs: bool = False
@@ -107,6 +110,8 @@ class BlockForms:
     Attributes:
         report: what was done.
         repairs: dotted name of a linear -> the A and B of `rounding_repair` that its correction starts from.
+        kept: dotted name of each linear that was quantized before and keeps its rounding, as it is or dequantized ->
+            the quantized layer.
 
     Raises:
         ValueError: if a linear can't be quantized, or its original weights are needed and can't be had.
@@ -115,6 +120,7 @@ class BlockForms:
     def __init__(self, model: nn.Module, blocks: list[Block], wishes: Wishes, others: list[str]) -> None:
         self.report = QuantizationReport(precision=wishes.precision)
         self.repairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.kept: dict[str, nn.Module] = {}
         self._model = model
         self._wishes = wishes
         self._others = others
@@ -129,6 +135,10 @@ class BlockForms:
             reasons = LeaveReasons(model, wishes.settings, wishes.is_excluded)
         for block in tqdm(blocks, desc="Preparing blocks", unit="block", delay=2):
             self._build(block, reasons)
+        if wishes.calibrate:
+            plain = [name for name, quantized in self.kept.items() if not origin_of(quantized).calibrated]
+            frozen = [name for name in plain if name not in self.report.restored]
+            self.report.plain.update(dict.fromkeys(frozen, "it was quantized already"))
         if wishes.calibrate and self.report.swapped:
             self._calibrate(wishes.calibrate)
 
@@ -168,31 +178,37 @@ class BlockForms:
             if corrected:
                 self.report.corrected.append(name)
             if frozen and not reason and self._settings_of(name) is not None:
-                forms = self._want_quantized(name, module, block)
-                if corrected and self._wishes.repairs:
+                forms = self._want_quantized(name, module)
+                if corrected and self._wishes.repairs and not self._gets_codes_later(name):
                     self._repair(name, *forms)
             elif is_quantized(linear):
                 self._want_original(name, module)
             elif self._wishes.original_weights == "dequantized" and not self._others and not reason:
-                self._replacements[name] = dequantize_linear(self._quantize(name, module, block))
+                self._replacements[name] = dequantize_linear(self._quantize(name, module))
 
     def _settings_of(self, name: str) -> QuantizationSettings | None:
         plan = self._wishes.precision
         return self._wishes.settings if plan is None else PRECISIONS[plan.precision[base_name(name)]]
 
+    def _gets_codes_later(self, name: str) -> bool:
+        """Whether the codes of a linear that is quantized now come from calibration or the adapter's file."""
+        settings = cast(QuantizationSettings, self._settings_of(name))
+        calibrated = self._wishes.calibrate is not None and settings.bits == 4
+        return calibrated or (self._wishes.codes_in_file and settings.is_saved)
+
     def _is_corrected(self, name: str, linear: nn.Module) -> bool:
         return self._wishes.corrected_rank > 0 and self._wishes.is_corrected(name, linear)
 
-    def _want_quantized(self, name: str, module: nn.Module, block: Block) -> tuple[nn.Module, nn.Module | None]:
+    def _want_quantized(self, name: str, module: nn.Module) -> tuple[nn.Module, nn.Module | None]:
         """The quantized linear, and the original one if it is at hand."""
         linear = module.base_layer if isinstance(module, AdaptQLayer) else module
         if is_quantized(linear):
             return self._with_shared_codes(name, linear), None
         if isinstance(module, AdaptQLayer):
-            quantized = module.adaptq_frozen or self._quantize(name, linear, block)
+            quantized = module.adaptq_frozen or self._build_quantized(name, linear)
             self._quantized_copies.append((module, quantized))
             return quantized, linear
-        quantized = self._quantize(name, linear, block)
+        quantized = self._build_quantized(name, linear)
         self.report.swapped.append(name)
         only = not self._others
         self._replacements[name] = quantized if only else _both(linear, quantized, [self._wishes.adapter_name])
@@ -201,22 +217,25 @@ class BlockForms:
     def _with_shared_codes(self, name: str, quantized: nn.Module) -> nn.Module:
         """A linear that is quantized already, as it is; in a model that arrived so, with the shared base's codes."""
         if self._wishes.load_codes is None or self._others:  # the others have their codes from the same base
+            self.kept[name] = quantized
             return quantized
         self._replacements[name] = copy.deepcopy(quantized)
         self._wishes.load_codes(base_name(name), self._replacements[name])
         return self._replacements[name]
 
     def _calibrate(self, calibrate: Callable[[dict[str, nn.Module]], CalibratedLinears]) -> None:
-        """Replace the layers that plain rounding has built by calibrated ones."""
+        """Replace the layers without codes by calibrated ones, and where that can't be, by plainly rounded ones."""
         in_4_bits = [name for name in self.report.swapped if cast(Any, self._settings_of(name)).bits == 4]
         originals = {name: self._model.get_submodule(name) for name in in_4_bits}
         result = calibrate(originals)
-        for name, layer in result.layers.items():
-            origin = origin_of(self._replacements[name])
-            layer.adaptq_origin = replace(origin, calibrated=True)  # type: ignore[assignment]
-            self._replacements[name] = layer
-            if name in self.repairs:
-                self._repair(name, layer, originals[name])
+        for name, original in originals.items():
+            layer = result.layers.get(name)
+            if layer is not None:
+                origin = origin_of(self._replacements[name])
+                layer.adaptq_origin = replace(origin, calibrated=True)  # type: ignore[assignment]
+            self._replacements[name] = layer or self._quantize(name, original)
+            if name in self.report.corrected and self._wishes.repairs:
+                self._repair(name, self._replacements[name], original)
         self.report.plain.update(result.plain)
 
     def _repair(self, name: str, quantized: nn.Module, original: nn.Module | None) -> None:
@@ -228,21 +247,36 @@ class BlockForms:
     def _want_original(self, name: str, module: nn.Module) -> None:
         quantized = module.base_layer if isinstance(module, AdaptQLayer) else module
         original = self._originals.restore(name, quantized)
+        if self._wishes.original_weights == "dequantized":
+            self.kept[name] = quantized
         self.report.restored.append(name)
         layer = _both(original, quantized, self._others) if self._others else original
         if isinstance(module, AdaptQLayer) and isinstance(layer, AdaptQLayer):
             layer.take_adapters_of(module)
         self._replacements[name] = layer
 
-    def _quantize(self, name: str, linear: nn.Module, block: Block) -> nn.Module:
+    def _build_quantized(self, name: str, linear: nn.Module) -> nn.Module:
+        """The quantized linear for a frozen block; without codes, where they are not those of plain rounding."""
+        load_codes = self._wishes.load_codes
+        if load_codes is None and not self._gets_codes_later(name):
+            return self._quantize(name, linear)
+        quantized = self._quantize(name, linear, empty_quantized)
+        if load_codes is not None:
+            load_codes(base_name(name), quantized)
+        return quantized
+
+    def _quantize(
+        self,
+        name: str,
+        linear: nn.Module,
+        build: Callable[[nn.Module, QuantizationSettings], nn.Module] | None = None,
+    ) -> nn.Module:
         settings = cast(QuantizationSettings, self._settings_of(name))
         try:
             with align_module_device(linear):  # one that accelerate has offloaded stays on its device then
-                quantized = quantize_linear(linear, settings)
+                quantized = (build or quantize_linear)(linear, settings)
         except Exception as error:
-            raise ValueError(f"quantizing {name} of block {block.index} failed: {error}") from error
-        if self._wishes.load_codes is not None:
-            self._wishes.load_codes(base_name(name), quantized)
+            raise ValueError(f"quantizing {name} failed: {error}") from error
         if self._wishes.original_weights == "keep" and not has_offloaded_params(linear):
             quantized.adaptq_origin = replace(origin_of(quantized), kept=linear)  # type: ignore[assignment]
         return quantized

@@ -80,7 +80,7 @@ def make_plan(model: nn.Module, config: AdaptQConfig, others: Mapping[str, Adapt
     _check_others(model, config, quantization, others)
     _check_modules_to_save(model, config)
     precision = choose_precision(model, blocks, adapted, config) if quantization == "auto" else None
-    _check_codes([block for block in blocks if block.index not in adapted], quantization, precision, others)
+    _check_codes([block for block in blocks if block.index not in adapted], quantization, precision)
     return AdapterPlan(blocks, adapted, profile, targets, quantization, precision)
 
 
@@ -225,11 +225,8 @@ def _check_codes(
     frozen: list[Block],
     quantization: str | dict[str, Any],
     plan: PrecisionPlan | None,
-    others: Mapping[str, AdaptQConfig],
 ) -> None:
-    """With a plan, here or of another adapter, linears that are quantized already must be as this one wants them."""
-    if plan is None and not any(other.quantization == "auto" for other in others.values()):
-        return
+    """Linears that an adapter, here or deleted, has quantized already must be as this one wants them."""
     different: list[str] = []
     for name, found in _quantized_forms(frozen):
         wanted = resolve_quantization(quantization) if plan is None else PRECISIONS[plan.precision.get(name, "none")]

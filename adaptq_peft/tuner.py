@@ -48,12 +48,13 @@ from .mixed_batch import mixed_batch
 from .module_names import base_name
 from .offloading import kept_on_device
 from .plan import AdapterPlan, make_plan
-from .quantization import keep_gradients_on_cpu, resolve_quantization, skip_when_quantizing
+from .quantization import gradients_kept_on_cpu, origin_of, resolve_quantization, skip_when_quantizing
 from .quantization.calibrated import (
     CalibratedLinears,
     mixed_calibration_batches,
     quantize_calibrated,
     resolve_calibration_method,
+    text_written_once,
 )
 from .targets import is_excluded, is_targeted, match_by_peft
 
@@ -80,15 +81,21 @@ class AdaptQTuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Profile, select, quantize and add deltas; called by `get_peft_model` and `add_adapter`."""
+        with gradients_kept_on_cpu(model):
+            self._inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         others = dict(self._configs)
         config = others.pop(adapter_name)
-        with _adapters_off(model):
-            plan = make_plan(model, config, others)
-        base = _open_quantized_base(model, config, plan, others)
-        calibrate = None if others else _calibration(model, config, plan)
-        wishes = _wishes(adapter_name, config, plan, calibrate, base)
-        forms = BlockForms(model, plan.blocks, wishes, list(others))
+        with text_written_once():
+            with _adapters_off(model):
+                plan = make_plan(model, config, others)
+            base = _open_quantized_base(model, config, plan, others)
+            calibrate = None if others else _calibration(model, config, plan)
+            wishes = _wishes(adapter_name, config, plan, calibrate, base)
+            forms = BlockForms(model, plan.blocks, wishes, list(others))
         _check_calibrated_before(config, others, forms)
+        _check_kept_codes(config, forms)
         with self._undo_on_error(model, adapter_name, forms):
             forms.apply()
             fingerprint = fingerprint_base(model, plan.blocks, plan.adapted)
@@ -138,18 +145,16 @@ class AdaptQTuner(BaseTuner):
         self.quantization_report.corrected.extend(report.corrected)
         skip_when_quantizing(model, report.restored)
         self._frozen_prefix.set_blocks([block.name for block in plan.blocks])
-        for module in model.modules():
-            keep_gradients_on_cpu(module)
         unasked = {name: why for name, why in report.left.items() if not why.startswith("named in")}
         if unasked:
             listed = "; ".join(f"{name}: {why}" for name, why in unasked.items())
             what = "corrected" if plan.quantization == "none" else "quantized"
-            warnings.warn(f"{len(unasked)} weights of frozen blocks were not {what}. {listed}", stacklevel=3)
+            warnings.warn(f"{len(unasked)} weights of frozen blocks were not {what}. {listed}", stacklevel=4)
         if config.frozen_rank and not report.corrected:
             warnings.warn(
                 f"frozen_rank is {config.frozen_rank}, and there is no linear to correct: none of those in frozen "
                 "blocks is chosen by target_modules, or there are no frozen blocks.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     @property
@@ -451,6 +456,19 @@ def _check_calibrated_before(config: AdaptQConfig, others: Mapping[str, AdaptQCo
         )
 
 
+def _check_kept_codes(config: AdaptQConfig, forms: BlockForms) -> None:
+    """A load rounds plainly what the adapter's file does not hold, and a deleted adapter may have left other codes."""
+    has_codes = saves_quantized(config) or config.quantized_base is not None
+    calibrated = [name for name, quantized in forms.kept.items() if origin_of(quantized).calibrated]
+    lost = [name for name in calibrated if name in forms.report.restored or not has_codes]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} linears of this model, the first is {lost[0]}, have calibrated codes of an adapter before, "
+            "and the new adapter would get plain rounding there when it is loaded again. Put it on a base model of "
+            "its own, or on the one that unload() returns."
+        )
+
+
 def _is_named(key: str, names: Collection[str]) -> bool:
     return key in names or f"_orig_mod.{key}" in names  # PEFT may ask without torch.compile's prefix
 
@@ -472,6 +490,7 @@ def _wishes(
         is_excluded=lambda name: is_excluded(name, config),
         calibrate=calibrate,
         load_codes=None if base is None else base.load_into,
+        codes_in_file=config.base_fingerprint is not None and saves_quantized(config),
         corrected_rank=config.frozen_rank,
         is_corrected=lambda name, linear: is_targeted(base_name(name), linear, config),
         repairs=config.frozen_rank_init == "svd" and not config.is_from_file,  # else the values are to be loaded

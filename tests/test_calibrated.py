@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from support import logits, randomize
 
 from adaptq_peft import AdaptQConfig
-from adaptq_peft.quantization import is_quantized
+from adaptq_peft.quantization import is_quantized, quantize_linear
 
 METHODS = ["gptq", "descent"]
 
@@ -31,6 +31,25 @@ def test_it_is_nearer_to_the_original_than_plain_rounding(model, samples, batch,
     wrapped = get_peft_model(model, config(samples, quantization_calibration=method))
     assert error_of(wrapped, base, batch) < error_of(plain, base, batch)
     assert wrapped.base_model.quantization_report.plain == {}
+
+
+def test_weights_that_get_other_codes_are_not_rounded_plainly(make_model, samples, batch, tmp_path, monkeypatch):
+    """But those that can't be calibrated are: k_proj and the like of this model have 96 inputs."""
+    model = make_model(hidden_size=96)
+    base, rounded = copy.deepcopy(model), []
+
+    def note(linear, settings):
+        rounded.append(linear.weight.shape)
+        return quantize_linear(linear, settings)
+
+    monkeypatch.setattr("adaptq_peft.block_forms.quantize_linear", note)
+    wrapped = get_peft_model(model, config(samples))
+    assert len(rounded) == len(wrapped.base_model.quantization_report.plain) == 12
+    assert torch.Size([96, 128]) not in rounded
+    wrapped.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(logits(loaded, batch), logits(wrapped, batch))
+    assert len(rounded) == 12
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -104,6 +123,39 @@ def test_beside_an_adapter_with_other_codes_or_on_other_blocks(llama, samples, b
     with pytest.raises(ValueError, match=r"freezes blocks that adapters \['first'\] on this model do not freeze, and"):
         wrapped.add_adapter("second", config(samples, layers_to_transform=[0]))
     assert torch.equal(logits(wrapped, batch), expected)
+
+
+def test_codes_that_a_deleted_adapter_left_are_not_taken_for_plain_rounding(llama, samples, batch, tmp_path):
+    plain = get_peft_model(copy.deepcopy(llama), config(quantization_calibration=None))
+    randomize(plain)
+    plain.save_pretrained(tmp_path)
+    wrapped = get_peft_model(llama, config(samples, original_weights="keep"), adapter_name="first")
+    wrapped.delete_adapter("first")
+    found = r"14 linears of this model, the first is model\.layers\.0\.self_attn\.q_proj, have calibrated codes of"
+    with pytest.raises(ValueError, match=found):
+        wrapped.add_adapter("second", config(quantization_calibration=None))
+    with pytest.raises(ValueError, match=found):
+        wrapped.load_adapter(tmp_path, adapter_name="second")
+    dequantized = {"layers_to_transform": [0, 1, 3], "original_weights": "dequantized"}
+    with pytest.raises(ValueError, match="7 linears of this model, the first is"):
+        wrapped.add_adapter("second", config(samples, **dequantized))
+    assert list(wrapped.peft_config) == []
+    loaded = PeftModel.from_pretrained(wrapped.unload(), tmp_path)
+    assert torch.equal(logits(loaded, batch), logits(plain, batch))
+
+
+def test_a_new_calibrated_adapter_where_a_deleted_one_has_quantized(llama, samples, batch, tmp_path):
+    base = copy.deepcopy(llama)
+    wrapped = get_peft_model(llama, config(quantization_calibration=None), adapter_name="first")
+    wrapped.delete_adapter("first")
+    for name in ("second", "third"):
+        wrapped.add_adapter(name, config(samples))
+    plain = wrapped.base_model.quantization_report.plain
+    assert (len(plain), set(plain.values())) == (14, {"it was quantized already"})
+    wrapped.set_adapter("second")
+    wrapped.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "second")
+    assert torch.equal(logits(loaded, batch), logits(wrapped, batch))
 
 
 def test_a_missing_layer_in_the_file(llama, samples, tmp_path):

@@ -23,7 +23,7 @@ from adaptq_peft.evaluation import measure_weight_bytes, plan_memory
 from adaptq_peft.layer import AdaptQLayer
 from adaptq_peft.precision import sensitivity_batches
 from adaptq_peft.quantization import is_quantized, quantize_linear, resolve_quantization, settings_of
-from adaptq_peft.quantization.calibrated import mixed_calibration_batches
+from adaptq_peft.quantization.calibrated import mixed_calibration_batches, text
 from adaptq_peft.quantization.sensitivity import measure_sensitivity
 from adaptq_peft.selection import find_blocks
 
@@ -200,6 +200,12 @@ class TestCalibrated:
         monkeypatch.setattr("adaptq_peft.tuner.quantize_calibrated", None)
         loaded = PeftModel.from_pretrained(base, tmp_path)
         assert torch.equal(logits(loaded, batch), logits(wrapped, batch))
+
+    def test_the_model_writes_its_text_once(self, llama, samples, monkeypatch):
+        calls, original = [], text.write_calibration_samples
+        monkeypatch.setattr(text, "write_calibration_samples", lambda *a, **k: calls.append(a) or original(*a, **k))
+        made(llama, quantization_calibration="absmax", calibration_data=samples * 20)
+        assert sorted(length for _, _, length in calls) == [16, 64]  # sequences here are shorter than calibration's
 
     def test_sensitivities_are_those_of_calibrated_layers(self, llama, samples, monkeypatch):
         seen = []

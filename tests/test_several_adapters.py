@@ -218,6 +218,13 @@ def test_other_settings_are_refused(base):
         model.add_adapter("second", config("second"))
 
 
+def test_other_settings_than_a_deleted_adapter_had_are_refused(base):
+    model = together(base, ["first"])
+    model.delete_adapter("first")
+    with pytest.raises(ValueError, match=r"linears quantized otherwise than the new adapter wants them: .* in"):
+        model.add_adapter("second", config("first", quantization="int8"))
+
+
 def test_targets_of_blocks_that_another_adapter_quantized(llama, batch):
     wrapped = get_peft_model(
         llama, AdaptQConfig(target_modules=["layers.0.mlp.up_proj"], original_weights="keep"), adapter_name="first"

@@ -59,7 +59,7 @@ def split_quantized(state_dict: Mapping[str, torch.Tensor]) -> tuple[dict[str, t
 def load_quantized_tensors(
     model: nn.Module, config: AdaptQConfig, adapter_name: str, found: Mapping[str, Mapping[str, torch.Tensor]]
 ) -> None:
-    """Put the quantized weights of an adapter file in the place of those that plain rounding has made.
+    """Put the quantized weights of an adapter file into the layers of the model.
 
     Args:
         model: the model with the adapter.
@@ -97,7 +97,7 @@ def load_quantized_tensors(
 def expect_quantized_tensors(model: nn.Module, adapter_name: str) -> None:
     """Refuse to run the quantized layers of a saved adapter until the weights in its file are loaded into them.
 
-    A loader that does not ask the tuner, as transformers' own, would leave the codes there that were made at loading.
+    A loader that does not ask the tuner, as transformers' own, would leave them without their codes.
     """
     for name, layer in _quantized_layers(model, adapter_name):
         if _others_see(model, name, adapter_name):
@@ -124,11 +124,7 @@ def _quantized_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str
 
 
 def _is_saved(module: nn.Module) -> bool:
-    """int8 of a precision plan is made again from the base's weights, always the same."""
-    if not is_quantized(module):
-        return False
-    settings = settings_of(module)
-    return settings.backend != "bitsandbytes" or settings.bits == 4
+    return is_quantized(module) and settings_of(module).is_saved
 
 
 def _others_see(model: nn.Module, name: str, adapter_name: str) -> bool:

@@ -8,6 +8,7 @@ from .arrival import forget_arrival, quantization_on_arrival, skip_when_quantizi
 from .backends import (
     check_backend,
     dequantize_linear,
+    empty_quantized,
     is_quantized,
     load_quantized,
     origin_of,
@@ -15,7 +16,7 @@ from .backends import (
     quantize_on_meta,
     settings_of,
 )
-from .bitsandbytes_backend import keep_gradients_on_cpu
+from .bitsandbytes_backend import gradients_kept_on_cpu
 from .leave_reasons import LeaveReasons, fused_experts
 from .origin import linear_weight
 from .original_weights import ORIGINAL_WEIGHTS, OriginalWeights
@@ -29,10 +30,11 @@ __all__ = [
     "QuantizationSettings",
     "check_backend",
     "dequantize_linear",
+    "empty_quantized",
     "forget_arrival",
     "fused_experts",
+    "gradients_kept_on_cpu",
     "is_quantized",
-    "keep_gradients_on_cpu",
     "linear_weight",
     "load_quantized",
     "origin_of",

@@ -27,6 +27,7 @@ class Backend:
             not.
         quantize_weight: (weight [out, in], whether there is a bias, settings) -> a quantized linear on the weight's
             device, also on the meta device. Its bias is set by the caller.
+        empty_linear: what `quantize_weight` would make, without its codes. Not of int8, whose codes are never loaded.
         dequantize_weight: a quantized linear -> its weight [out, in].
         settings_of: a quantized linear -> the settings that it was quantized by.
         load_tensors: (quantized linear, what the `state_dict` of another one of its shape has): takes them over.
@@ -37,6 +38,7 @@ class Backend:
     install: str
     owns: Callable[[nn.Module], bool]
     quantize_weight: Callable[[torch.Tensor, bool, QuantizationSettings], nn.Module]
+    empty_linear: Callable[[torch.Tensor, bool, QuantizationSettings], nn.Module]
     dequantize_weight: Callable[[nn.Module], torch.Tensor]
     settings_of: Callable[[nn.Module], QuantizationSettings]
     load_tensors: Callable[[nn.Module, Mapping[str, torch.Tensor]], None]
@@ -50,6 +52,7 @@ BACKENDS = {
         install="pip install bitsandbytes",
         owns=bitsandbytes_backend.owns,
         quantize_weight=bitsandbytes_backend.quantize_weight,
+        empty_linear=bitsandbytes_backend.empty_linear,
         dequantize_weight=bitsandbytes_backend.dequantize_weight,
         settings_of=bitsandbytes_backend.settings_of,
         load_tensors=bitsandbytes_backend.load_tensors,
@@ -59,6 +62,7 @@ BACKENDS = {
         install='pip install "adaptq_peft[hqq]"',
         owns=hqq_backend.owns,
         quantize_weight=hqq_backend.quantize_weight,
+        empty_linear=hqq_backend.empty_linear,
         dequantize_weight=hqq_backend.dequantize_weight,
         settings_of=hqq_backend.settings_of,
         load_tensors=hqq_backend.load_tensors,
@@ -106,7 +110,26 @@ def quantize_linear(linear: nn.Module, settings: QuantizationSettings) -> nn.Mod
     Raises:
         ValueError: if the weight is on the meta device or not a floating point tensor.
     """
-    weight: torch.Tensor = linear.weight.data  # type: ignore[assignment]
+    _check_weight(linear)
+    return _quantize(linear, settings).train(linear.training)
+
+
+def empty_quantized(linear: nn.Module, settings: QuantizationSettings) -> nn.Module:
+    """What `quantize_linear` makes, in its shapes and on its device, but without codes: for `load_quantized`.
+
+    Args:
+        linear: as for `quantize_linear`.
+        settings: how the codes will have been made; not int8.
+
+    Raises:
+        ValueError: as `quantize_linear` does.
+    """
+    _check_weight(linear)
+    return _quantize(linear, settings, empty=True).train(linear.training)
+
+
+def _check_weight(linear: Any) -> None:
+    weight: torch.Tensor = linear.weight.data
     if weight.device.type == "meta":
         raise ValueError(
             "its weight is on the meta device and has no values to quantize. Load the weights first, or use "
@@ -114,7 +137,6 @@ def quantize_linear(linear: nn.Module, settings: QuantizationSettings) -> nn.Mod
         )
     if not weight.is_floating_point():
         raise ValueError(f"weight has dtype {weight.dtype}; only floating point weights can be quantized")
-    return _quantize(linear, settings).train(linear.training)
 
 
 def quantize_on_meta(linear: nn.Module, settings: QuantizationSettings) -> nn.Module:
@@ -127,10 +149,11 @@ def quantize_on_meta(linear: nn.Module, settings: QuantizationSettings) -> nn.Mo
     return _quantize(linear, settings)
 
 
-def _quantize(linear: Any, settings: QuantizationSettings) -> nn.Module:
-    weight = linear_weight(linear)
+def _quantize(linear: Any, settings: QuantizationSettings, empty: bool = False) -> nn.Module:
+    weight, backend = linear_weight(linear), BACKENDS[settings.backend]
     linear_class = Conv1D if isinstance(linear, Conv1D) else nn.Linear
-    quantized = BACKENDS[settings.backend].quantize_weight(weight.contiguous(), linear.bias is not None, settings)
+    build = backend.empty_linear if empty else backend.quantize_weight
+    quantized = build(weight if empty else weight.contiguous(), linear.bias is not None, settings)
     # Straight into the dict: with `low_cpu_mem_usage=True`, registering a parameter would send it to the meta device.
     quantized._parameters["bias"] = linear.bias
     quantized.adaptq_origin = Origin(linear_class, weight.dtype)  # type: ignore[assignment]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .origin import Origin
 from .settings import QuantizationSettings
+
+#: Values of absmax that share a scale, where it is nested.
+NESTED_BLOCK_SIZE = 256
 
 
 def quantize_weight(weight: torch.Tensor, bias: bool, settings: QuantizationSettings) -> nn.Module:
@@ -36,10 +40,43 @@ def quantize_weight(weight: torch.Tensor, bias: bool, settings: QuantizationSett
     return quantized
 
 
-def _linear_4bit(weight: torch.Tensor, bias: bool, settings: QuantizationSettings) -> nn.Module:
+def empty_linear(weight: torch.Tensor, bias: bool, settings: QuantizationSettings) -> nn.Module:
+    """The `Linear4bit` that `quantize_weight` would make, with zeros for codes and scales: they are to be loaded."""
+    import bitsandbytes.functional as bnb
+
+    codes, like = bnb.quantize_4bit(
+        weight.to("meta"), quant_type=settings.quant_type, quant_storage=settings.storage_dtype
+    )
+    absmax, offset, nested = torch.zeros(like.absmax.shape, device=weight.device), None, None
+    if settings.nested_absmax:
+        offset = absmax.new_zeros(())
+        absmax, nested = bnb.quantize_blockwise(absmax, blocksize=NESTED_BLOCK_SIZE)
+    state = bnb.QuantState(
+        absmax=absmax,
+        shape=like.shape,
+        code=bnb.get_4bit_type(settings.quant_type, device=weight.device),
+        blocksize=like.blocksize,
+        quant_type=settings.quant_type,
+        dtype=weight.dtype,
+        offset=offset,
+        state2=nested,
+    )
+    layer: Any = _linear_4bit(torch.zeros_like(codes, device=weight.device), bias, settings, weight.shape, state)
+    layer.quant_state = state
+    return layer
+
+
+def _linear_4bit(
+    weight: torch.Tensor,
+    bias: bool,
+    settings: QuantizationSettings,
+    shape: torch.Size | None = None,
+    state: Any = None,
+) -> nn.Module:
+    """A `Linear4bit` of a weight or, with its `shape` and a `QuantState`, of codes that it has."""
     import bitsandbytes as bnb
 
-    out_features, in_features = weight.shape
+    out_features, in_features = shape or weight.shape
     storage: dict[str, Any] = {
         "compress_statistics": settings.nested_absmax,
         "quant_type": settings.quant_type,
@@ -48,8 +85,10 @@ def _linear_4bit(weight: torch.Tensor, bias: bool, settings: QuantizationSetting
     layer = bnb.nn.Linear4bit(
         in_features, out_features, bias=bias, compute_dtype=settings.compute_dtype, device="meta", **storage
     )
-    params: Any = bnb.nn.Params4bit(weight, requires_grad=False, module=layer, **storage)
-    layer._parameters["weight"] = params.to(weight.device)
+    params: Any = bnb.nn.Params4bit(
+        weight, requires_grad=False, quant_state=state, bnb_quantized=state is not None, module=layer, **storage
+    )
+    layer._parameters["weight"] = params.to(weight.device)  # quantizes a weight
     keep_gradients_on_cpu(layer)
     layer.register_load_state_dict_pre_hook(_load_quant_state)
     return layer
@@ -135,6 +174,20 @@ def keep_gradients_on_cpu(module: nn.Module) -> None:
         module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         if not module.get_parameter("weight").is_meta:
             module.state_dict()  # undoes the repacking, if there was an evaluation pass before
+
+
+@contextmanager
+def gradients_kept_on_cpu(model: nn.Module) -> Iterator[None]:
+    """`keep_gradients_on_cpu` for all modules of a model, taken back if the code within the context fails."""
+    packed = [module for module in model.modules() if vars(module).get("support_avx512bf16_for_cpu")]
+    for module in packed:
+        keep_gradients_on_cpu(module)
+    try:
+        yield
+    except BaseException:
+        for module in packed:
+            module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
+        raise
 
 
 def origin_as_loaded(quantized: nn.Module) -> Origin:

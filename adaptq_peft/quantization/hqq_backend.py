@@ -147,6 +147,11 @@ def quantize_weight(weight: torch.Tensor, bias: bool, settings: QuantizationSett
     return layer
 
 
+def empty_linear(weight: torch.Tensor, bias: bool, settings: QuantizationSettings) -> nn.Module:
+    """The `HqqLinear` that `quantize_weight` would make, with values that mean nothing: they are to be loaded."""
+    return quantize_weight(weight.to("meta"), bias, settings).to_empty(device=weight.device)
+
+
 def dequantize_weight(quantized: nn.Module) -> torch.Tensor:
     """The weight [out, in] of an `HqqLinear`, in float32."""
     assert isinstance(quantized, HqqLinear)

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 from accelerate.utils import convert_file_size_to_int
 
+from .bitsandbytes_backend import NESTED_BLOCK_SIZE
+from .calibrated.grid import GROUP_SIZE
 from .sensitivity import Sensitivity
 from .settings import QuantizationSettings, resolve_quantization
 
@@ -27,7 +29,6 @@ PRECISIONS: dict[str, QuantizationSettings | None] = {
 }
 
 _BITS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*bits?\s*")
-_GROUP, _NESTED_GROUP = 64, 256  # weights that share an absmax, and values of absmax that share a scale
 
 
 class LinearSize(NamedTuple):
@@ -47,8 +48,8 @@ class LinearSize(NamedTuple):
             return self.num_weights * self.bytes_a_weight
         if settings.bits == 8:
             return self.num_weights + 4 * self.out_features
-        groups = math.ceil(self.num_weights / _GROUP)
-        scales = groups + 4 * math.ceil(groups / _NESTED_GROUP) + 4 if settings.nested_absmax else 4 * groups
+        groups = math.ceil(self.num_weights / GROUP_SIZE)
+        scales = groups + 4 * math.ceil(groups / NESTED_BLOCK_SIZE) + 4 if settings.nested_absmax else 4 * groups
         return math.ceil(self.num_weights / 2) + scales
 
 

@@ -53,7 +53,9 @@ def measure_sensitivity(
     Args:
         model: the original model, on its device, with weights. Its output has `logits` [..., classes].
         candidates: dotted name of each linear -> name of a precision -> a layer for its place, on its device. It is
-            put into evaluation mode: on a CPU int8 rounds its inputs only there.
+            put into evaluation mode: on a CPU int8 rounds its inputs only there. All are held at once: NF4 and int8
+            take 1.52 bytes a weight together. To make them anew for each batch of one sequence would take three times
+            as long (docs/experiment_log.md).
         batches: keyword arguments for `model.forward`. One sequence each gives the least noise for the tokens.
         seed: seed of the labels that are drawn from the model's predictions.
 

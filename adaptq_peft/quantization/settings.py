@@ -55,6 +55,14 @@ class QuantizationSettings:
         """
         return self.backend == "bitsandbytes"
 
+    @property
+    def is_saved(self) -> bool:
+        """Whether the file of an adapter, if it holds quantized weights, holds these.
+
+        int8 of a precision plan is made again from the base's weights, always the same.
+        """
+        return self.backend != "bitsandbytes" or self.bits == 4
+
     def describe(self) -> str:
         """For messages: "nf4 with nested absmax", "int8", "hqq in 2 bits, groups of 64"."""
         if self.backend == "hqq":

@@ -215,6 +215,17 @@ class TestSeveralAdapters:
         with pytest.raises(ValueError, match=r"does not fit into the place of 'default': quantized_base is Quant"):
             hotswap_adapter(model, tmp_path / "third")
 
+    def test_codes_that_a_deleted_adapter_left(self, base, folder, make_base, batch):
+        other_base = make_base("other", seed=20)
+        model = adapted(base, folder)
+        model.delete_adapter("default")
+        with pytest.raises(ValueError, match=r"14 linears of this model, the first is .* have calibrated codes of"):
+            model.add_adapter("second", config(None))
+        model.add_adapter("second", config(other_base))
+        randomize(model, "second", seed=len("default"))
+        model.set_adapter("second")
+        assert torch.equal(logits(model, batch), logits(adapted(base, other_base), batch))
+
     def test_combined(self, base, folder, batch):
         model = adapted(base, folder, name="first", original_weights="keep")
         model.add_adapter("second", config(folder, original_weights="keep"))

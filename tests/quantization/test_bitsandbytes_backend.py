@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import suppress
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -139,3 +141,16 @@ def test_the_cast_to_float16_is_logged_once_not_at_each_call(monkeypatch, caplog
     assert [record.getMessage() for record in caplog.records] == [
         "MatMul8bitLt: inputs will be cast from torch.float32 to float16 during quantization"
     ]
+
+
+def test_the_flag_that_keeps_gradients_is_taken_back_by_a_failure():
+    layer = quantize_linear(make_linear(), resolve_quantization("nf4"))
+    model = nn.Sequential(layer, nn.ReLU())
+    for fails in (True, False):
+        layer.support_avx512bf16_for_cpu = True
+        with suppress(KeyError), bitsandbytes_backend.gradients_kept_on_cpu(model):
+            assert not layer.support_avx512bf16_for_cpu
+            if fails:
+                raise KeyError
+        assert layer.support_avx512bf16_for_cpu == fails
+    assert not hasattr(model[1], "support_avx512bf16_for_cpu")

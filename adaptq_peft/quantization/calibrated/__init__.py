@@ -8,7 +8,7 @@ from .calibrate import (
     quantize_calibrated,
     resolve_calibration_method,
 )
-from .text import mixed_calibration_batches
+from .text import mixed_calibration_batches, text_written_once
 
 __all__ = [
     "BEST_METHOD",
@@ -18,4 +18,5 @@ __all__ = [
     "mixed_calibration_batches",
     "quantize_calibrated",
     "resolve_calibration_method",
+    "text_written_once",
 ]

@@ -24,12 +24,11 @@ from .absmax_search import search_absmax
 from .block_stream import Batch, BlockStream, linears_by_input
 from .grid import GROUP_SIZE, Grid, GridWeight, StoredAbsmax, get_grid, largest_absmax, pack_linear, store_absmax
 from .rounding import (
+    DampedMoment,
     asymmetric_target,
-    damped,
     descend_by_coordinates,
     round_to_nearest,
     round_with_error_feedback,
-    uncorrectable,
 )
 
 
@@ -199,12 +198,13 @@ def _quantize_block(
             originals = original_stream.inputs_of(block, block.module, block.module.get_submodule(group[0]))
         inputs = stream.inputs_of(block, quantized, quantized.get_submodule(group[0]))
         moment, cross = input_moments(inputs, originals, stream.token_counts())
+        damped = DampedMoment(moment, method.damping)
         for name in group:
             linear, original = quantized.get_submodule(name), block.module.get_submodule(name)
             weight = linear_weight(original).float().contiguous()
             if cross is not None:
-                weight = asymmetric_target(weight, damped(moment, method.damping), cross - moment)
-            rounded = quantize_weight(weight, moment, settings, method, linear_weight(original).dtype)
+                weight = asymmetric_target(weight, damped, cross - moment)
+            rounded = quantize_weight(weight, damped, settings, method, linear_weight(original).dtype)
             values = rounded.values(settings)
             result.layers[start + name] = pack_linear(rounded, original, settings)
             result.error[start + name] = relative_error(weight, values, moment)
@@ -242,33 +242,34 @@ def _add(total: Tensor | None, product: Tensor) -> Tensor:
 
 
 def quantize_weight(
-    weight: Tensor, moment: Tensor, settings: QuantizationSettings, method: CalibrationMethod, dtype: torch.dtype
+    weight: Tensor, moment: DampedMoment, settings: QuantizationSettings, method: CalibrationMethod, dtype: torch.dtype
 ) -> GridWeight:
     """Round one weight by a method.
 
     Args:
         weight: [out, in], float32, `in` a multiple of 64.
-        moment: mean of x x^T over the layer's inputs, [in, in], float32.
+        moment: mean of x x^T over the layer's inputs, damped as the method says.
         settings: the 4-bit type and the nesting of absmax.
         method: how.
         dtype: dtype in which the weight will be read back.
     """
     grid = get_grid(settings.quant_type, weight.device)
-    moment = damped(moment, method.damping)
-    importance = uncorrectable(moment) if method.error_feedback else moment.diagonal()
+    importance = moment.uncorrectable if method.error_feedback else moment.matrix.diagonal()
     absmax = search_absmax(weight, importance, grid) if method.search_absmax else largest_absmax(weight)
     scales = store_absmax(absmax, settings.nested_absmax)
     return GridWeight(_round(weight, scales, moment, grid, method), scales, dtype)
 
 
-def _round(weight: Tensor, scales: StoredAbsmax, moment: Tensor, grid: Grid, method: CalibrationMethod) -> Tensor:
+def _round(
+    weight: Tensor, scales: StoredAbsmax, moment: DampedMoment, grid: Grid, method: CalibrationMethod
+) -> Tensor:
     absmax = torch.where(scales.absmax == 0, torch.finfo(torch.float32).tiny, scales.absmax)
     if method.error_feedback:
         indices = round_with_error_feedback(weight, absmax, moment, grid)
     else:
         indices = round_to_nearest(weight, absmax, grid)
     if method.sweeps:
-        indices = descend_by_coordinates(weight, indices, absmax, moment, grid, method.sweeps)
+        indices = descend_by_coordinates(weight, indices, absmax, moment.matrix, grid, method.sweeps)
     return indices
 
 

@@ -15,14 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import quantize_linear
+from ..backends import empty_quantized
+from ..bitsandbytes_backend import NESTED_BLOCK_SIZE
 from ..settings import QuantizationSettings
 
 GROUP_SIZE = 64
 """Weights that share an absmax; bitsandbytes' default, and QLoRA's."""
-
-NESTED_GROUP_SIZE = 256
-"""Values of absmax that share a scale of their own."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def store_absmax(absmax: Tensor, nested: bool) -> StoredAbsmax:
     if not nested:
         return StoredAbsmax(absmax.float(), flat)
     offset = flat.mean()
-    codes, state = bnb.quantize_blockwise(flat - offset, blocksize=NESTED_GROUP_SIZE)
+    codes, state = bnb.quantize_blockwise(flat - offset, blocksize=NESTED_BLOCK_SIZE)
     read_back = bnb.dequantize_blockwise(codes, state) + offset
     return StoredAbsmax(read_back.view_as(absmax), codes, offset, state)
 
@@ -129,7 +127,7 @@ def pack_linear(weight: GridWeight, linear: nn.Module, settings: QuantizationSet
 
     codes = get_grid(settings.quant_type, weight.indices.device).codes[weight.indices.long()].flatten()
     packed = (codes[0::2] << 4 | codes[1::2]).view(settings.storage_dtype)
-    layer: Any = quantize_linear(linear, settings)  # plain rounding, of which everything but the values is right
+    layer: Any = empty_quantized(linear, settings)
     former = layer.weight.quant_state
     layer.weight.data = packed.view_as(layer.weight.data)
     layer.weight.quant_state = layer.quant_state = bnb.QuantState(

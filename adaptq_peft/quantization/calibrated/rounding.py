@@ -9,6 +9,8 @@ rounding makes up for that.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,46 @@ def damped(second_moment: Tensor, damping: float) -> Tensor:
     return second_moment + torch.diag(torch.full_like(second_moment.diagonal(), float(damping * mean)))
 
 
-def asymmetric_target(weight: Tensor, second_moment: Tensor, difference: Tensor) -> Tensor:
+class DampedMoment:
+    """The damped H of a group of linears with the same inputs (q, k, v), and its factorizations, each made once.
+
+    Args:
+        second_moment: H, [in, in], float32; not changed.
+        damping: as for `damped`.
+
+    Attributes:
+        matrix: H, damped, [in, in], positive definite.
+    """
+
+    def __init__(self, second_moment: Tensor, damping: float) -> None:
+        self.matrix = damped(second_moment, damping)
+
+    @cached_property
+    def cholesky(self) -> Tensor:
+        """L with L L^T = H, [in, in]."""
+        return torch.linalg.cholesky(self.matrix)
+
+    @cached_property
+    def uncorrectable(self) -> Tensor:
+        """1 / diag(H^-1), [in]: what a unit error in a column costs once all other columns have made up for it.
+
+        The saliency of Optimal Brain Surgeon (Hassibi and Stork 1993), which weighs columns for error feedback.
+        """
+        return 1 / torch.cholesky_inverse(self.cholesky).diagonal()
+
+    @cached_property
+    def order(self) -> Tensor:
+        """Columns with the largest inputs first, int64 [in]."""
+        return self.matrix.diagonal().argsort(descending=True)
+
+    @cached_property
+    def feedback(self) -> Tensor:
+        """U, upper triangular, with U^T U = H^-1, rows and columns in `order`: GPTQ's factor."""
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.matrix[self.order][:, self.order]))
+        return torch.linalg.cholesky(inverse, upper=True)
+
+
+def asymmetric_target(weight: Tensor, second_moment: DampedMoment, difference: Tensor) -> Tensor:
     """The weight that, on the inputs x of the quantized model, comes closest to what W gives on the original ones y.
 
     W + W (C - H) H^-1 with C the mean of y x^T: least squares for |W y - Q x|^2, by the damping drawn towards W. To
@@ -35,19 +76,11 @@ def asymmetric_target(weight: Tensor, second_moment: Tensor, difference: Tensor)
 
     Args:
         weight: W, [out, in], float32.
-        second_moment: H, damped, [in, in], float32, positive definite.
+        second_moment: H.
         difference: C - H of the undamped H, [in, in].
     """
-    correction = torch.cholesky_solve((weight @ difference).t(), torch.linalg.cholesky(second_moment))
+    correction = torch.cholesky_solve((weight @ difference).t(), second_moment.cholesky)
     return weight + correction.t()
-
-
-def uncorrectable(second_moment: Tensor) -> Tensor:
-    """1 / diag(H^-1), [in]: what a unit error in a column costs once all other columns have made up for it.
-
-    The saliency of Optimal Brain Surgeon (Hassibi and Stork 1993), which weighs columns for error feedback.
-    """
-    return 1 / torch.cholesky_inverse(torch.linalg.cholesky(second_moment)).diagonal()
 
 
 def round_to_nearest(weight: Tensor, absmax: Tensor, grid: Grid) -> Tensor:
@@ -61,21 +94,19 @@ def round_to_nearest(weight: Tensor, absmax: Tensor, grid: Grid) -> Tensor:
     return grid.indices(weight / expand(absmax)).to(torch.uint8)
 
 
-def round_with_error_feedback(weight: Tensor, absmax: Tensor, second_moment: Tensor, grid: Grid) -> Tensor:
+def round_with_error_feedback(weight: Tensor, absmax: Tensor, second_moment: DampedMoment, grid: Grid) -> Tensor:
     """GPTQ: round column by column, the largest inputs first, and let later columns make up for the error so far.
 
     Args:
         weight: [out, in], float32.
         absmax: scales [out, in / 64] as they will be read back, not zero.
-        second_moment: H, damped, [in, in], float32, positive definite.
+        second_moment: H.
         grid: the levels.
 
     Returns:
         The place in `grid.levels` of each weight: uint8 [out, in].
     """
-    order = second_moment.diagonal().argsort(descending=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(second_moment[order][:, order]))
-    factor = torch.linalg.cholesky(inverse, upper=True)
+    order, factor = second_moment.order, second_moment.feedback
     left = weight[:, order].t().contiguous()  # [in, out]: a column of the weight is a row here, contiguous
     scales = expand(absmax)[:, order].t().contiguous()
     indices = torch.empty_like(left, dtype=torch.uint8)

@@ -7,6 +7,9 @@ What the model writes itself, sampled from its BOS token, is always part of it: 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
@@ -16,6 +19,9 @@ from .block_stream import Batch
 
 CALIBRATION_TOKENS = 24_576
 """Tokens looked at in all. More help, slowly: see docs/experiment_log.md."""
+
+_WRITTEN: ContextVar[dict[tuple[nn.Module, int, int], list[Batch]] | None] = ContextVar("written", default=None)
+"""Within `text_written_once`: model, length of a sample and seed -> what was written."""
 
 
 def mixed_calibration_batches(
@@ -52,9 +58,31 @@ def mixed_calibration_batches(
     if can_write_text(model) or not given:
         longest = getattr(getattr(model, "config", None), "max_position_embeddings", None) or max_length
         length = min(SELF_WRITTEN_LENGTH, max_length, longest)
-        written = write_calibration_samples(model, math.ceil(share / length), length, seed=seed)
+        written = _write(model, math.ceil(share / length), length, seed)
         batches += calibration_batches(model, written, samples=len(written), **options)
     return batches
+
+
+@contextmanager
+def text_written_once() -> Iterator[None]:
+    """Within the context, in which models must not change, each writes its own text once: less of it is its beginning.
+
+    Sensitivities and calibrated rounding want the same kind of text, and writing it takes a while.
+    """
+    token = _WRITTEN.set({})
+    try:
+        yield
+    finally:
+        _WRITTEN.reset(token)
+
+
+def _write(model: nn.Module, count: int, length: int, seed: int) -> list[Batch]:
+    known, key = _WRITTEN.get(), (model, length, seed)
+    if known is None:
+        return write_calibration_samples(model, count, length, seed=seed)
+    if len(known.get(key, ())) < count:
+        known[key] = write_calibration_samples(model, count, length, seed=seed)
+    return known[key][:count]
 
 
 def can_write_text(model: nn.Module) -> bool:

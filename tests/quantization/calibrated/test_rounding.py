@@ -6,6 +6,7 @@ import torch
 from adaptq_peft.quantization.calibrated import rounding
 from adaptq_peft.quantization.calibrated.grid import expand, get_grid, largest_absmax
 from adaptq_peft.quantization.calibrated.rounding import (
+    DampedMoment,
     asymmetric_target,
     damped,
     descend_by_coordinates,
@@ -54,7 +55,7 @@ def brute_force_gptq(weight, absmax, moment):
 
 def test_error_feedback_equals_the_derivation():
     weight, absmax, moment = problem()
-    found = round_with_error_feedback(weight, absmax, moment, GRID)
+    found = round_with_error_feedback(weight, absmax, DampedMoment(moment, 0), GRID)
     expected = brute_force_gptq(weight, absmax, moment)
     assert (found == expected).float().mean() > 0.995  # float32 against float64: a tie may fall the other way
     torch.testing.assert_close(
@@ -64,15 +65,15 @@ def test_error_feedback_equals_the_derivation():
 
 def test_block_of_columns_does_not_matter(monkeypatch):
     weight, absmax, moment = problem()
-    first = round_with_error_feedback(weight, absmax, moment, GRID)
+    first = round_with_error_feedback(weight, absmax, DampedMoment(moment, 0), GRID)
     monkeypatch.setattr(rounding, "COLUMNS_AT_ONCE", 7)
-    assert (round_with_error_feedback(weight, absmax, moment, GRID) == first).float().mean() > 0.995
+    assert (round_with_error_feedback(weight, absmax, DampedMoment(moment, 0), GRID) == first).float().mean() > 0.995
 
 
 def test_each_step_lowers_the_error():
     weight, absmax, moment = problem(out=40)
     nearest = round_to_nearest(weight, absmax, GRID)
-    feedback = round_with_error_feedback(weight, absmax, moment, GRID)
+    feedback = round_with_error_feedback(weight, absmax, DampedMoment(moment, 0), GRID)
     errors = [error(weight, indices, absmax, moment).sum() for indices in (nearest, feedback)]
     for sweeps in (1, 2, 4):
         descended = descend_by_coordinates(weight, feedback, absmax, moment, GRID, sweeps)
@@ -106,7 +107,7 @@ def test_diagonal_moment_means_round_to_nearest():
     weight, absmax, _ = problem()
     moment = torch.diag(torch.rand(128) + 0.1)
     nearest = round_to_nearest(weight, absmax, GRID)
-    assert torch.equal(round_with_error_feedback(weight, absmax, moment, GRID), nearest)
+    assert torch.equal(round_with_error_feedback(weight, absmax, DampedMoment(moment, 0), GRID), nearest)
     assert torch.equal(descend_by_coordinates(weight, nearest, absmax, moment, GRID, 2), nearest)
 
 
@@ -115,13 +116,33 @@ def test_damping_makes_any_moment_positive_definite(moment):
     torch.linalg.cholesky(damped(moment, 0.01))
 
 
+def test_the_linears_of_a_group_share_the_factorizations(monkeypatch):
+    """Factoring is what costs; its results are those of a moment that is used once."""
+    weight, absmax, moment = problem()
+    calls, original = [], torch.linalg.cholesky
+    monkeypatch.setattr(
+        torch.linalg, "cholesky", lambda *args, **options: calls.append(1) or original(*args, **options)
+    )
+    shared = DampedMoment(moment, 0.1)
+    for part in weight.split(2):
+        scales = absmax[: len(part)]
+        alone = DampedMoment(moment, 0.1)
+        calls.clear()
+        target = asymmetric_target(part, alone, moment)
+        found = round_with_error_feedback(target, scales, alone, GRID)
+        assert torch.equal(asymmetric_target(part, shared, moment), target)
+        assert torch.equal(round_with_error_feedback(target, scales, shared, GRID), found)
+        assert torch.equal(shared.uncorrectable, alone.uncorrectable)
+    assert len(calls) == 3  # all of them for `alone`
+
+
 def test_the_asymmetric_target_is_the_ridge_regression_of_the_original_outputs():
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(6, 16, generator=generator, dtype=torch.float64)
     x = torch.randn(200, 16, generator=generator, dtype=torch.float64)
     y = x + 0.3 * torch.randn(200, 16, generator=generator, dtype=torch.float64)
     moment, cross = x.t() @ x / 200, y.t() @ x / 200
-    target = asymmetric_target(weight, moment + 0.1 * torch.eye(16), cross - moment)
+    target = asymmetric_target(weight, DampedMoment(moment + 0.1 * torch.eye(16), 0), cross - moment)
     # |W y - T x|^2 / 200 + 0.1 |T - W|^2 as one least squares problem
     root = (0.1 * 200) ** 0.5 * torch.eye(16, dtype=torch.float64)
     inputs, outputs = torch.cat([x, root]), torch.cat([y @ weight.t(), root @ weight.t()])
@@ -130,4 +151,4 @@ def test_the_asymmetric_target_is_the_ridge_regression_of_the_original_outputs()
 
 def test_equal_inputs_have_the_weight_itself_as_target():
     weight, _, moment = problem()
-    assert torch.equal(asymmetric_target(weight, moment, torch.zeros_like(moment)), weight)
+    assert torch.equal(asymmetric_target(weight, DampedMoment(moment, 0), torch.zeros_like(moment)), weight)

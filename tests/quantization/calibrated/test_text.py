@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adaptq_peft.quantization.calibrated.text import can_write_text, mixed_calibration_batches
+from adaptq_peft.quantization.calibrated import text as text_module
+from adaptq_peft.quantization.calibrated.text import can_write_text, mixed_calibration_batches, text_written_once
+from adaptq_peft.selection.calibration import write_calibration_samples
 
 
 def count(batches):
@@ -45,6 +47,31 @@ def test_without_data_the_model_writes_all_of_it(make_model):
     other = mixed_calibration_batches(model, tokens=600, max_length=60, seed=1)
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, again, strict=True))
     assert any(a["input_ids"].tolist() != b["input_ids"].tolist() for a, b in zip(first, other, strict=False))
+
+
+def test_within_the_context_less_text_is_the_beginning_of_more(make_model, monkeypatch):
+    model, other = make_model("llama").eval(), make_model("llama", seed=1).eval()
+
+    def samples(*models, **changes):
+        return [
+            [batch["input_ids"].tolist() for batch in mixed_calibration_batches(m, **{"tokens": 600, **changes})]
+            for m in models
+        ]
+
+    alone = samples(model, other)
+    calls, original = [], write_calibration_samples
+    monkeypatch.setattr(text_module, "write_calibration_samples", lambda *a, **k: calls.append(1) or original(*a, **k))
+    with text_written_once():
+        assert samples(model, other) == samples(model, other) == alone
+        assert len(calls) == 2
+        written = samples(model, tokens=300, batch_size=1)[0]
+        assert all(any(row[0] == own[: len(row[0])] for batch in alone[0] for own in batch) for row in written)
+        assert len(calls) == 2
+        samples(model, tokens=300, max_length=40)
+        samples(model, tokens=1200)
+        assert len(calls) == 4
+    assert samples(model, other) == alone
+    assert len(calls) == 6
 
 
 def test_a_model_that_can_not_write_needs_data(make_model):
