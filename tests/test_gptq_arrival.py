@@ -17,7 +17,7 @@ from adaptq_peft import AdaptQConfig
 from adaptq_peft.evaluation import measure_weight_bytes
 from adaptq_peft.layer import AdaptQLayer
 from adaptq_peft.preservation.original_model import original_model
-from adaptq_peft.quantization import is_quantized
+from adaptq_peft.quantization import dequantize_linear, is_quantized, settings_of
 from adaptq_peft.selection import find_blocks
 
 pytest.importorskip("gptqmodel")
@@ -53,22 +53,23 @@ def pack(codes, bits, dim):
     return (rows << shifts[None, :, None]).sum(1).to(torch.int32).movedim(0, dim).contiguous()
 
 
-def gptq_tensors(weight, bits):
-    """The tensors of a GPTQ checkpoint for a weight [out, in], rounded symmetrically."""
+def gptq_tensors(weight, bits, order):
+    """The tensors of a GPTQ checkpoint for a weight [out, in], rounded symmetrically, inputs grouped in an order."""
     middle = 2 ** (bits - 1)
-    groups = weight.float().unflatten(1, (-1, GROUP))
+    groups = weight.float()[:, order].unflatten(1, (-1, GROUP))
     scales = (groups.abs().amax(-1) / (middle - 1)).half()
     codes = ((groups / scales.float()[..., None]).round() + middle).clamp(0, 2 * middle - 1).flatten(1)
+    back = order.argsort()
     zeros = torch.full(scales.t().shape, middle - 1)  # the format stores them less one
     return {
-        "qweight": pack(codes.t(), bits, 0),
+        "qweight": pack(codes[:, back].t(), bits, 0),
         "qzeros": pack(zeros, bits, 1),
         "scales": scales.t().contiguous(),
-        "g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // GROUP,
+        "g_idx": (back // GROUP).to(torch.int32),
     }
 
 
-def write_gptq(model, folder, bits=4):
+def write_gptq(model, folder, bits=4, desc_act=False):
     """The GPTQ checkpoint of a model, all linears of its blocks by plain rounding."""
     model.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
@@ -82,7 +83,9 @@ def write_gptq(model, folder, bits=4):
         del tensors[f"{name}.weight"]
         if linear.bias is not None:
             tensors[f"{name}.bias"] = linear.bias.data.half()
-        tensors |= {f"{name}.{part}": tensor for part, tensor in gptq_tensors(linear.weight.data, bits).items()}
+        order = torch.randperm(linear.in_features) if desc_act else torch.arange(linear.in_features)
+        made = gptq_tensors(linear.weight.data, bits, order)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in made.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     written = json.loads((folder / "config.json").read_text())
     written["quantization_config"] = {
@@ -90,7 +93,7 @@ def write_gptq(model, folder, bits=4):
         "bits": bits,
         "group_size": GROUP,
         "sym": True,
-        "desc_act": False,
+        "desc_act": desc_act,
         "checkpoint_format": "gptq",
     }
     (folder / "config.json").write_text(json.dumps(written))
@@ -183,6 +186,20 @@ def test_it_computes_with_the_rounded_weights_of_the_frozen_blocks(folders, batc
         found(inputs_embeds=inputs, labels=batch["input_ids"]).loss.backward()
         gradients.append(inputs.grad)
     assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[1].norm()
+
+
+@pytest.mark.parametrize(("bits", "desc_act", "error"), [(4, True, 0.15), (8, False, 0.01)])
+def test_other_bits_and_inputs_in_another_order(llama, batch, tmp_path, bits, desc_act, error):
+    llama.bfloat16().save_pretrained(tmp_path / "base")
+    write_gptq(llama, tmp_path / "gptq", bits, desc_act)
+    wrapped = get_peft_model(load(tmp_path / "gptq"), config(tmp_path / "base", layers_to_transform=[3]))
+    layers = {name: layer for name, layer in wrapped.base_model.model.named_modules() if is_quantized(layer)}
+    assert len(layers) == 3 * 7
+    for name, layer in layers.items():
+        original = llama.get_submodule(name).weight.float()
+        assert (dequantize_linear(layer).weight.float() - original).norm() < error * original.norm()
+        assert settings_of(layer).describe() == f"gptq in {bits} bits, groups of {GROUP}"
+    assert torch.isfinite(logits(wrapped, batch)).all()
 
 
 def test_it_trains_and_the_frozen_blocks_stay(folders, batch, train):
