@@ -62,7 +62,7 @@ def _check_kernels(model: nn.Module, config: dict[str, Any]) -> None:
         if gptq_backend.is_of_another_kernel(module):
             raise ValueError(
                 f"{name} of this GPTQ model is a {type(module).__name__}; allowed: TorchLinear, the kernel of "
-                "GPTQModel through which gradients pass on all devices. Load the model by from_pretrained(..., "
+                "GPTQModel that passes gradients on and can be read back. Load the model by from_pretrained(..., "
                 f'quantization_config=GPTQConfig(bits={config["bits"]}, backend="gptq_torch"))'
             )
 
