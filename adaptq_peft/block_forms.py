@@ -11,7 +11,6 @@ import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 
 from .layer import AdaptQLayer, wrap_layer
 from .low_rank import rounding_repair
@@ -24,6 +23,7 @@ from .quantization import (
     dequantize_linear,
     empty_quantized,
     fused_experts,
+    is_linear,
     is_quantized,
     linear_weight,
     origin_of,
@@ -66,7 +66,7 @@ class Wishes:
         adapted: indices of the blocks that it adapts.
         settings: how the linears of all other blocks are quantized; `None`: they are not.
         precision: a plan that says it for each linear instead of `settings`, which are those of its 4-bit ones.
-        original_weights: one of `ORIGINAL_WEIGHTS`.
+        original_weights: as in `AdaptQConfig`.
         revision: of the base model's checkpoint.
         is_excluded: whether the user excluded the layer with a dotted name.
         calibrate: makes calibrated layers for linears by their dotted names; `None`: plain rounding.
@@ -305,7 +305,7 @@ def linears_of(block: Block) -> list[tuple[str, nn.Module]]:
     found: list[tuple[str, nn.Module]] = []
     for path, module in block.module.named_modules():
         linear = module.base_layer if isinstance(module, AdaptQLayer) else module
-        if isinstance(linear, (nn.Linear, Conv1D)) and not is_inside_a_wrapper(path):
+        if is_linear(linear) and not is_inside_a_wrapper(path):
             found.append((f"{block.name}.{path}", module))
     return found
 

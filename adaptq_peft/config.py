@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig, HqqConfig
 from .artifacts.checkpoint import check_weights_file
 from .artifacts.model_card import CERTIFIED, STAGES, update_model_card
 from .artifacts.quantized_base import QuantizedBaseReference
-from .quantization import ORIGINAL_WEIGHTS, QUANTIZATION_NAMES, resolve_quantization
+from .quantization import ORIGINAL_WEIGHTS, QUANTIZATION_NAMES, names_checkpoint, resolve_quantization
 from .quantization.calibrated import CALIBRATION_METHODS
 from .quantization.precision_plan import PRECISIONS, weight_budget_bytes
 from .registration import ensure_peft_type
@@ -99,7 +99,9 @@ class AdaptQConfig(PeftConfig):
             arrived in 4 bits, another adapter on it has frozen that block, or `unload()` takes all adapters off.
             "checkpoint" (default): the safetensors checkpoint of the model, local or in the Hub's cache, tensor by
             tensor. "keep": this adapter keeps the originals of what it quantizes, in the memory that they are in.
-            "dequantized": none; adapted blocks start from their dequantized weights.
+            "dequantized": none; adapted blocks start from their dequantized weights. A folder or the Hub repository
+            "owner/name": the 16-bit checkpoint to read instead of the model's own, for a model that was loaded from a
+            checkpoint in GPTQ.
         delta_scaling: s in W = W0 + s * delta, > 0. Adam moves W by learning rate x s, so the default 0.25 turns the
             usual LoRA rate 2e-4 into the full-rank rate 5e-5.
         delta_dtype: "float32", "bfloat16" or "float16". `None` (default): PEFT's rule, float32 unless the model is
@@ -187,6 +189,8 @@ class AdaptQConfig(PeftConfig):
             self.delta_dtype = str(self.delta_dtype).removeprefix("torch.")
         if isinstance(self.quantization, (BitsAndBytesConfig, HqqConfig)):
             self.quantization = self.quantization.to_dict()
+        if isinstance(self.original_weights, os.PathLike):
+            self.original_weights = os.fspath(self.original_weights)
         if isinstance(self.quantized_base, (str, os.PathLike)):
             self.quantized_base = QuantizedBaseReference(os.fspath(self.quantized_base))
         if isinstance(self.quantized_base, dict):
@@ -378,8 +382,11 @@ def _check_quantized_base(config: AdaptQConfig) -> Iterator[str]:
 
 
 def _check_original_weights(config: AdaptQConfig) -> Iterator[str]:
-    if config.original_weights not in ORIGINAL_WEIGHTS:
-        yield f"original_weights is {config.original_weights!r}; allowed: {list(ORIGINAL_WEIGHTS)}"
+    if config.original_weights not in ORIGINAL_WEIGHTS and not names_checkpoint(config.original_weights):
+        yield (
+            f"original_weights is {config.original_weights!r}; allowed: {list(ORIGINAL_WEIGHTS)}, a folder, or a Hub "
+            'repository as "owner/name"'
+        )
     elif config.original_weights == "dequantized" and config.quantization == "none":
         yield 'original_weights "dequantized" rounds adapted blocks, too: it needs a quantization other than "none"'
     elif config.original_weights == "dequantized" and not any(_check_quantization(config)):

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .module_names import base_name
 from .offloading import parameter_value
-from .quantization import is_quantized
+from .quantization import is_linear, is_quantized, settings_of
 from .selection import Block
 
 MAX_TENSORS = 64
@@ -36,14 +35,15 @@ def fingerprint_base(model: nn.Module, blocks: list[Block], adapted: Collection[
 
     Returns:
         `name_or_path`, `model_type`, `num_blocks`, `dtype` and `samples`: {tensor name: "shape: values"}, each value
-        as the hexadecimal digits of a float32. `None` for a model on the meta device, which has no values.
+        as the hexadecimal digits of a float32. Of a model that arrived in GPTQ, `codes` too: such samples of frozen
+        linears. `None` for a model on the meta device, which has no values.
     """
     skipped = {
         base_name(f"{block.name}.{name}")
         for block in blocks
         if block.index not in adapted
         for name, module in block.module.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
+        if is_linear(module)
     }
     # Only what is inside the blocks: a head, a pooler or rows for new tokens may be random in each process.
     inside = tuple(f"{base_name(block.name)}." for block in blocks) or ("",)
@@ -53,18 +53,35 @@ def fingerprint_base(model: nn.Module, blocks: list[Block], adapted: Collection[
         if name.startswith(inside) and name.rpartition(".")[0] not in skipped
     }
     names = list(tensors)
-    chosen = names if len(names) <= MAX_TENSORS else [names[i * len(names) // MAX_TENSORS] for i in range(MAX_TENSORS)]
-    samples = {name: _sample(parameter_value(model, tensors[name])) for name in chosen}
+    samples = {name: _sample(parameter_value(model, tensors[name])) for name in _spread(names)}
     if None in samples.values():
         return None
     config = getattr(model, "config", None)
+    codes = _sample_codes(model, blocks)
     return {
         "name_or_path": getattr(model, "name_or_path", None) or None,
         "model_type": getattr(config, "model_type", None) or type(model).__name__,
         "num_blocks": len(blocks),
         "dtype": str(model.get_parameter(tensors[names[0]]).dtype).removeprefix("torch.") if names else None,
         "samples": samples,
+        **({"codes": codes} if codes else {}),
     }
+
+
+def _sample_codes(model: nn.Module, blocks: list[Block]) -> dict[str, str | None]:
+    """Samples of the codes of linears in GPTQ, which come with the base; other codes are made from its weights."""
+    inside = tuple(f"{block.name}." for block in blocks)
+    codes: dict[str, torch.Tensor] = {
+        base_name(f"{name}.qweight"): module.qweight  # type: ignore[misc]
+        for name, module in model.named_modules()
+        if name.startswith(inside) and is_quantized(module) and settings_of(module).backend == "gptq"
+    }
+    return {name: _sample(codes[name]) for name in _spread(list(codes))}
+
+
+def _spread(names: list[str]) -> list[str]:
+    """At most `MAX_TENSORS` of the names, spread evenly."""
+    return names if len(names) <= MAX_TENSORS else [names[i * len(names) // MAX_TENSORS] for i in range(MAX_TENSORS)]
 
 
 def sample_weights(model: nn.Module, linears: Collection[str]) -> dict[str, str]:
@@ -125,6 +142,10 @@ def _first_difference(saved: dict[str, Any], found: dict[str, Any]) -> str | Non
     ]
     if differing:
         return f"{len(differing)} of {len(saved['samples'])} sampled tensors differ, the first is {differing[0]}"
+    codes = found.get("codes", {})
+    differing = [name for name, sample in saved.get("codes", {}).items() if codes.get(name, sample) != sample]
+    if differing:
+        return f"{len(differing)} sampled tensors of codes differ, the first is {differing[0]}"
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
         self.adaptq_delta = nn.ModuleDict()
         self.adaptq_low_rank_A = nn.ModuleDict()
         self.adaptq_low_rank_B = nn.ModuleDict()
-        features: Any = _get_in_out_features(base_layer) if isinstance(base_layer, _WITH_FEATURES) else (None, None)
+        has_features = isinstance(base_layer, _WITH_FEATURES) or is_quantized(base_layer)
+        features: Any = _get_in_out_features(base_layer) if has_features else (None, None)
         self.in_features, self.out_features = features
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
@@ -401,7 +403,7 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the deltas but keep their dtype, unlike PEFT's default: they may be wider than the base's."""
-        base = next(self.base_layer.parameters(recurse=False))
+        base = next(chain(self.base_layer.parameters(recurse=False), self.base_layer.buffers(recurse=False)))
         for modules in (self.adaptq_delta, self.adaptq_low_rank_A, self.adaptq_low_rank_B):
             if adapter_name not in modules:
                 continue

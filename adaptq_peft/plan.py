@@ -19,6 +19,7 @@ from .precision import choose_precision, measure_block_sensitivity
 from .quantization import (
     QuantizationSettings,
     is_quantized,
+    note_origins,
     quantization_on_arrival,
     resolve_quantization,
     settings_of,
@@ -77,6 +78,7 @@ def make_plan(model: nn.Module, config: AdaptQConfig, others: Mapping[str, Adapt
     adapted, profile = choose_blocks(model, blocks, config) if blocks else ([], None)
     targets = find_targets(model, [blocks[index] for index in adapted] if blocks else None, config)
     quantization = _quantization(model, config)
+    _check_gptq(quantization, adapted, config, others)
     _check_others(model, config, quantization, others)
     _check_modules_to_save(model, config)
     precision = choose_precision(model, blocks, adapted, config) if quantization == "auto" else None
@@ -180,7 +182,9 @@ def _check_modules_to_save(model: nn.Module, config: AdaptQConfig) -> None:
 def _quantization(model: nn.Module, config: AdaptQConfig) -> str | dict[str, Any]:
     """The settings of a model that arrived quantized, else those of the config."""
     arrived = quantization_on_arrival(model)
+    note_origins(model)
     if arrived is None or config.quantization == "auto":  # a plan; _check_codes compares it with what arrived
+        _check_not_gptq(model, config)
         return config.quantization  # type: ignore[return-value]  # AdaptQConfig has made it a name or a dict
     asked, found = resolve_quantization(config.quantization), resolve_quantization(arrived)
     is_saved_adapter = config.base_fingerprint is not None
@@ -191,6 +195,46 @@ def _quantization(model: nn.Module, config: AdaptQConfig) -> str | dict[str, Any
             stacklevel=2,
         )
     return arrived
+
+
+def _check_not_gptq(model: nn.Module, config: AdaptQConfig) -> None:
+    settings = resolve_quantization(config.quantization)
+    if settings is not None and settings.backend == "gptq":
+        raise ValueError(
+            f"The adapter is for a base in {settings.describe()}, and this {type(model).__name__} did not arrive so. "
+            f"Load the GPTQ checkpoint that it was made on (its config names {config.base_model_name_or_path!r}) by "
+            'from_pretrained, which needs `pip install "adaptq_peft[gptq]"`'
+        )
+
+
+def _check_gptq(
+    quantization: str | dict[str, Any], adapted: list[int], config: AdaptQConfig, others: Mapping[str, AdaptQConfig]
+) -> None:
+    """Layers in GPTQ come with a model and are not made here, so nothing may ask for new ones."""
+    settings = resolve_quantization(quantization)
+    if settings is None or settings.backend != "gptq":
+        return
+    missing = {index for other in others.values() for index in _indices(other)} - set(adapted)
+    for name, value in (
+        ("quantization_calibration", config.quantization_calibration),
+        ("quantized_base", config.quantized_base),
+    ):
+        if value is not None:
+            raise ValueError(
+                f"{name} is {value!r}, and this model arrived in {settings.describe()}, whose codes stay as they are; "
+                "leave it out, or load the 16-bit checkpoint"
+            )
+    if missing:
+        raise ValueError(
+            f"The new adapter freezes blocks {sorted(missing)}, which other adapters on this model adapt: their "
+            f"linears in {settings.describe()} are gone, and new ones are not made here. Adapt these blocks, too, or "
+            "put the new adapter on a base model of its own."
+        )
+
+
+def _indices(config: AdaptQConfig) -> list[int]:
+    found = config.layers_to_transform or []
+    return [found] if isinstance(found, int) else found
 
 
 def _check_others(

@@ -7,12 +7,11 @@ from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .config import AdaptQConfig
 from .layer import AdaptQLayer
 from .module_names import base_name, is_inside_a_wrapper
-from .quantization import is_quantized
+from .quantization import is_linear, is_quantized
 from .selection import Block
 
 
@@ -33,7 +32,8 @@ def find_targets(model: nn.Module, adapted: list[Block] | None, config: AdaptQCo
         if not name or is_inside_a_wrapper(name) or (prefixes is not None and not name.startswith(prefixes)):
             continue
         layer = module.base_layer if isinstance(module, AdaptQLayer) else module
-        if any(True for _ in layer.parameters(recurse=False)) and is_targeted(base_name(name), layer, config):
+        has_parameters = any(True for _ in layer.parameters(recurse=False)) or is_quantized(layer)  # GPTQ has buffers
+        if has_parameters and is_targeted(base_name(name), layer, config):
             _check_supported(name, layer, has_blocks=adapted is not None)
             targets.append(name)
     return targets
@@ -43,7 +43,7 @@ def is_targeted(name: str, layer: nn.Module, config: AdaptQConfig) -> bool:
     """Whether PEFT's rules for `target_modules`, `exclude_modules` and `modules_to_save` choose a layer."""
     target_modules = config.target_modules
     if target_modules == "all-linear":
-        target_modules = [name] if isinstance(layer, (nn.Linear, Conv1D)) else []
+        target_modules = [name] if is_linear(layer) else []
     return bool(match_by_peft(name, [name] if target_modules is None else target_modules, config))
 
 

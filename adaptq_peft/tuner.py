@@ -48,7 +48,13 @@ from .mixed_batch import mixed_batch
 from .module_names import base_name
 from .offloading import kept_on_device
 from .plan import AdapterPlan, make_plan
-from .quantization import gradients_kept_on_cpu, origin_of, resolve_quantization, skip_when_quantizing
+from .quantization import (
+    gradients_kept_on_cpu,
+    named_checkpoint,
+    origin_of,
+    resolve_quantization,
+    skip_when_quantizing,
+)
 from .quantization.calibrated import (
     CalibratedLinears,
     mixed_calibration_batches,
@@ -336,8 +342,8 @@ class AdaptQTuner(BaseTuner):
             frozen: what the linears of the frozen blocks become. "dequantized": plain layers with the rounded weights
                 that were trained with. "original": plain layers with the original weights, as far as they were kept
                 or the checkpoint can be read. "quantized": they stay as they are; those with a correction are
-                quantized again with it, with a warning. `None` (default): "quantized" for a model that arrived
-                quantized, else "dequantized".
+                quantized again with it, with a warning. Not for a model that arrived in GPTQ. `None` (default):
+                "quantized" for a model that bitsandbytes quantized on arrival, else "dequantized".
 
         Raises:
             ValueError: if `frozen` is none of these, or "original" and original weights can't be had.
@@ -348,8 +354,8 @@ class AdaptQTuner(BaseTuner):
         """Take all adapters off.
 
         Args:
-            frozen: as in `merge_and_unload`. `None` (default): "quantized" for a model that arrived quantized, else
-                "original", and where original weights can't be had, "dequantized" with a warning.
+            frozen: as in `merge_and_unload`. `None` (default): "quantized" for a model that bitsandbytes quantized on
+                arrival, else "original", and where original weights can't be had, "dequantized" with a warning.
         """
         return self._unload_and_optionally_merge(False, frozen=frozen)
 
@@ -365,7 +371,8 @@ class AdaptQTuner(BaseTuner):
         form = resolve_unloaded_form(self.model, frozen, merge)
         revision = next((config.revision for config in self._configs.values()), None)
         seen = seen_quantized(self.model, adapter_names, merge)
-        built = build_unloaded_linears(self.model, seen, form, revision, frozen is None, safe_merge)
+        source = named_checkpoint(config.original_weights for config in self._configs.values())
+        built = build_unloaded_linears(self.model, seen, form, source, revision, frozen is None, safe_merge)
         unwrap_quantized(self.model, seen)
         while any(isinstance(module, AdaptQLayer) for module in self.model.modules()):  # wrapped within wrapped ones
             super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)

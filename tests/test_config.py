@@ -14,6 +14,11 @@ from adaptq_peft.selection import strategies
 PROFILE = ActivationProfile(magnitude=[1.0, 2.0], update=[0.5, 0.25], num_samples=50, num_tokens=500)
 
 
+def test_original_weights_may_name_a_checkpoint(tmp_path):
+    assert AdaptQConfig(original_weights=tmp_path).original_weights == str(tmp_path)
+    assert AdaptQConfig(original_weights="org/model").original_weights == "org/model"
+
+
 def test_defaults():
     config = AdaptQConfig()
     assert config.selection_strategy == "activation"
@@ -59,6 +64,10 @@ def test_defaults():
         (
             {"frozen_rank": 4, "frozen_rank_init": "svd", "quantization": "none"},
             r'"svd" repairs quantization, and quantization is "none"; use "zero"',
+        ),
+        (
+            {"original_weights": "kept"},
+            r"original_weights is 'kept'; allowed: \['checkpoint', 'keep', 'dequantized'\], a folder, or a Hub repo",
         ),
         (
             {"frozen_rank": 4, "frozen_rank_init": "svd", "original_weights": "dequantized"},

@@ -163,12 +163,52 @@ def test_merged_into_a_plain_model(checkpoint, batch, tmp_path, frozen):
 
 def test_other_quantization_methods_are_refused(llama):
     llama.hf_quantizer = object()
-    llama.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    llama.config.quantization_config = {"quant_method": "awq", "bits": 4}
     with pytest.raises(
         ValueError,
-        match=r"arrived quantized by 'gptq'; allowed: bitsandbytes, or a .*Load the 16-bit checkpoint that it was",
+        match=r"arrived quantized by 'awq'; allowed: bitsandbytes, GPTQ .*Load the 16-bit checkpoint that it was",
     ):
         get_peft_model(llama, config())
+
+
+def test_an_adapter_for_a_gptq_base_names_it_and_what_loads_it(llama, tmp_path):
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+    config(quantization=gptq, base_model_name_or_path="org/model-gptq").save_pretrained(tmp_path)
+    saved = AdaptQConfig.from_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError,
+        match=r"is for a base in gptq in 4 bits, groups of 128, and this LlamaForCausalLM did not arrive so\. Load .*"
+        r"\[gptq\]\"`",
+    ):
+        get_peft_model(llama, saved)
+
+
+def test_kernels_of_gptqmodel_that_lose_gradients_are_refused(llama):
+    class TorchAtenLinear(nn.Module):
+        __module__ = "gptqmodel.nn_modules.qlinear.torch_aten_kernel"
+
+    llama.hf_quantizer = object()
+    llama.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    llama.model.layers[0].mlp.up_proj = TorchAtenLinear()
+    with pytest.raises(
+        ValueError,
+        match=r"layers\.0\.mlp\.up_proj of this GPTQ model is a TorchAtenLinear; .*GPTQConfig\(bits=4, backend=",
+    ):
+        get_peft_model(llama, config())
+
+
+def test_the_original_weights_may_be_in_another_checkpoint(checkpoint, batch, tmp_path):
+    model = load(checkpoint, NF4)
+    moved = (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(
+        ValueError, match=r"can't be read from .* a folder or Hub repository names the 16-bit checkpoint"
+    ):
+        get_peft_model(model, config())
+    wrapped = get_peft_model(model, config(original_weights=moved))
+    in_memory = get_peft_model(load((checkpoint[0], moved)), config())
+    assert torch.equal(logits(wrapped, batch), logits(in_memory, batch))
+    unloaded = wrapped.unload(frozen="original")
+    assert torch.equal(logits(unloaded, batch), logits(load((checkpoint[0], moved)), batch))
 
 
 def test_layers_of_another_quantizer_are_not_overlooked(llama):

@@ -27,14 +27,21 @@ def resolve_unloaded_form(model: nn.Module, frozen: str | None, merge: bool) -> 
     """The value of `frozen` that `None` stands for: see `AdaptQTuner.merge_and_unload` and `unload`.
 
     Raises:
-        ValueError: if it is not one of `UNLOADED_FORMS`.
+        ValueError: if it is not one of `UNLOADED_FORMS`, or "quantized" for a model that arrived in GPTQ.
     """
+    arrived = quantization_on_arrival(model)
+    arrived_in_gptq = arrived is not None and arrived["quant_method"] == "gptq"
     if frozen is None:
-        if quantization_on_arrival(model) is not None:
+        if arrived is not None and not arrived_in_gptq:
             return "quantized"
         return "dequantized" if merge else "original"
     if frozen not in UNLOADED_FORMS:
         raise ValueError(f"frozen is {frozen!r}; allowed: None or one of {list(UNLOADED_FORMS)}")
+    if frozen == "quantized" and arrived_in_gptq:
+        raise ValueError(
+            'frozen is "quantized", and this model arrived in GPTQ: transformers would save it with zeros in another '
+            'format than its config names, and load it wrongly. Use frozen="dequantized" or "original"'
+        )
     return frozen
 
 
@@ -81,6 +88,7 @@ def build_unloaded_linears(
     model: nn.Module,
     seen: Mapping[str, SeenQuantized],
     form: str,
+    source: str,
     revision: str | None,
     or_dequantized: bool,
     safe_merge: bool,
@@ -91,6 +99,7 @@ def build_unloaded_linears(
         model: the model, which is not changed.
         seen: its quantized linears.
         form: one of `UNLOADED_FORMS`. Those that stay as they are, are left out.
+        source: where original weights come from: "checkpoint", or the folder or Hub repository of another one.
         revision: of the model's checkpoint on the Hub.
         or_dequantized: take the dequantized weights, with a warning, where original ones can't be had.
         safe_merge: check that merged weights are finite.
@@ -98,7 +107,7 @@ def build_unloaded_linears(
     Raises:
         ValueError: if original weights can't be had and `or_dequantized` is false, or with `safe_merge`.
     """
-    originals = OriginalWeights(model, "checkpoint" if form == "original" else "dequantized", revision)
+    originals = OriginalWeights(model, source if form == "original" else "dequantized", revision)
     built: dict[str, nn.Module] = {}
     failures: list[str] = []
     for name, linear in seen.items():
@@ -152,7 +161,7 @@ def put_unloaded_linears(model: nn.Module, built: Mapping[str, nn.Module], form:
     """Put the layers of `build_unloaded_linears` into the model, which has no adapters any more."""
     for name, layer in built.items():
         model.set_submodule(name, layer)
-    if built and form != "quantized":
+    if form != "quantized":
         forget_arrival(model)
 
 

@@ -136,8 +136,9 @@ def _adapter_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 def _quantized_weight_tensors(linear: nn.Module) -> Iterator[Tensor]:
     """The weight of a quantized linear: packed codes, then scales and tables, wherever the library keeps them."""
-    weight = linear.get_parameter("weight")
-    yield weight
+    weight = linear._parameters.get("weight")
+    if weight is not None:  # GPTQ has buffers alone
+        yield weight
     yield from linear.buffers(recurse=False)
     for owner, name in ((weight, "quant_state"), (weight, "CB"), (weight, "SCB"), (linear, "state")):
         yield from _tensors_within(getattr(owner, name, None))

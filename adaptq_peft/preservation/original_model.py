@@ -12,7 +12,7 @@ from torch import nn
 from ..config import AdaptQConfig
 from ..layer import AdaptQLayer
 from ..module_names import base_name
-from ..quantization import OriginalWeights, is_quantized
+from ..quantization import OriginalWeights, is_quantized, named_checkpoint
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def _restore(model: nn.Module, quantized: dict[str, nn.Module]) -> dict[str, nn.
     configs = [c for c in getattr(model, "peft_config", {}).values() if isinstance(c, AdaptQConfig)]
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     revision = next((config.revision for config in configs), None)
-    originals = OriginalWeights(base, "checkpoint", revision)
+    originals = OriginalWeights(base, named_checkpoint(config.original_weights for config in configs), revision)
     try:
         if any(c.original_weights == "dequantized" and c.quantization != "none" for c in configs):
             raise ValueError('an adapter with original_weights="dequantized" has rounded all blocks.')

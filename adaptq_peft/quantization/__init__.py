@@ -4,11 +4,12 @@ Settings, models that arrive quantized, one file a backend and their table, what
 original weights.
 """
 
-from .arrival import forget_arrival, quantization_on_arrival, skip_when_quantizing
+from .arrival import forget_arrival, note_origins, quantization_on_arrival, skip_when_quantizing
 from .backends import (
     check_backend,
     dequantize_linear,
     empty_quantized,
+    is_linear,
     is_quantized,
     load_quantized,
     origin_of,
@@ -19,7 +20,7 @@ from .backends import (
 from .bitsandbytes_backend import gradients_kept_on_cpu
 from .leave_reasons import LeaveReasons, fused_experts
 from .origin import linear_weight
-from .original_weights import ORIGINAL_WEIGHTS, OriginalWeights
+from .original_weights import ORIGINAL_WEIGHTS, OriginalWeights, named_checkpoint, names_checkpoint
 from .settings import QUANTIZATION_NAMES, QuantizationSettings, resolve_quantization
 
 __all__ = [
@@ -34,9 +35,13 @@ __all__ = [
     "forget_arrival",
     "fused_experts",
     "gradients_kept_on_cpu",
+    "is_linear",
     "is_quantized",
     "linear_weight",
     "load_quantized",
+    "named_checkpoint",
+    "names_checkpoint",
+    "note_origins",
     "origin_of",
     "quantization_on_arrival",
     "quantize_linear",

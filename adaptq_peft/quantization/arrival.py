@@ -6,18 +6,25 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from transformers import BitsAndBytesConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationMethod
+
+from . import gptq_backend
+from .origin import Origin
 
 #: Packages whose quantized layers are no `nn.Linear`: nothing here would see them.
 _OTHER_QUANTIZERS = ("auto_gptq", "awq", "gptqmodel", "hqq", "optimum")
 
 
 def quantization_on_arrival(model: nn.Module) -> dict[str, Any] | None:
-    """The `BitsAndBytesConfig`, as a dict, by which transformers quantized a model while loading; `None`: it did not.
+    """How a model was quantized when transformers had loaded it, as a dict; `None`: it was not.
+
+    Of bitsandbytes the whole `BitsAndBytesConfig`; of GPTQ "quant_method", "bits", "group_size", "desc_act" and "sym".
 
     Raises:
-        ValueError: if the model was quantized by another method.
+        ValueError: if the model was quantized by another method, or its layers in GPTQ are of a kernel that is not
+            supported.
     """
     found = getattr(getattr(model, "config", None), "quantization_config", None)
     if found is None or getattr(model, "hf_quantizer", None) is None:
@@ -25,6 +32,9 @@ def quantization_on_arrival(model: nn.Module) -> dict[str, Any] | None:
         return None
     config: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
     method = config.get("quant_method")
+    if method in ("gptq", QuantizationMethod.GPTQ):
+        _check_kernels(model, config)
+        return {"quant_method": "gptq", **{key: config[key] for key in ("bits", "group_size", "desc_act", "sym")}}
     if method not in ("bitsandbytes", QuantizationMethod.BITS_AND_BYTES):
         raise _unsupported(repr(getattr(method, "value", method)))
     return config
@@ -40,10 +50,32 @@ def _check_layers(model: nn.Module) -> None:
 
 def _unsupported(quantizer: str) -> ValueError:
     return ValueError(
-        f"the model arrived quantized by {quantizer}; allowed: bitsandbytes, or a model that is not quantized. Load "
-        "the 16-bit checkpoint that it was made from: get_peft_model stores the frozen blocks as "
-        "AdaptQConfig(quantization=...) says, in 2 to 8 bits"
+        f"the model arrived quantized by {quantizer}; allowed: bitsandbytes, GPTQ that transformers' from_pretrained "
+        "has loaded, or a model that is not quantized. Load the 16-bit checkpoint that it was made from: "
+        "get_peft_model stores the frozen blocks as AdaptQConfig(quantization=...) says, in 2 to 8 bits"
     )
+
+
+def _check_kernels(model: nn.Module, config: dict[str, Any]) -> None:
+    """Refuse kernels of GPTQModel that lose gradients or can't be read back."""
+    for name, module in model.named_modules():
+        if gptq_backend.is_of_another_kernel(module):
+            raise ValueError(
+                f"{name} of this GPTQ model is a {type(module).__name__}; allowed: TorchLinear, the kernel of "
+                "GPTQModel that passes gradients on and can be read back. Load the model by from_pretrained(..., "
+                f'quantization_config=GPTQConfig(bits={config["bits"]}, backend="gptq_torch"))'
+            )
+
+
+def note_origins(model: nn.Module) -> None:
+    """Note at the linears of a model that arrived in GPTQ what they were before; they don't know the model's dtype.
+
+    GPT-2, with its `Conv1D`, can't be loaded in GPTQ (transformers 5.23.0 with GPTQModel 7.5.0).
+    """
+    dtype: Any = getattr(model, "dtype", None)
+    for module in model.modules():
+        if gptq_backend.owns(module):
+            module.adaptq_origin = Origin(nn.Linear, dtype, calibrated=True)  # type: ignore[assignment]
 
 
 def skip_when_quantizing(model: nn.Module, names: Iterable[str]) -> None:
@@ -53,7 +85,7 @@ def skip_when_quantizing(model: nn.Module, names: Iterable[str]) -> None:
     """
     found: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     new = sorted(names)
-    if not new or found is None or isinstance(found, dict):
+    if not new or not isinstance(found, BitsAndBytesConfig):  # a model in GPTQ is not saved as one
         return
     before = found.llm_int8_skip_modules
     found.llm_int8_skip_modules = [*(get_keys_to_not_convert(model) if before is None else before), *new]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from . import bitsandbytes_backend, hqq_backend
+from . import bitsandbytes_backend, gptq_backend, hqq_backend
 from .origin import Origin, linear_from_tensors, linear_weight
 from .settings import QuantizationSettings
 
@@ -32,6 +32,7 @@ class Backend:
         settings_of: a quantized linear -> the settings that it was quantized by.
         load_tensors: (quantized linear, what the `state_dict` of another one of its shape has): takes them over.
         misfit: (shape [out, in], settings) -> why a weight of that shape can't be quantized; `None`: it can.
+        misfit_of: the same of a linear, quantized or not, for a backend that does not quantize.
     """
 
     package: str
@@ -43,6 +44,7 @@ class Backend:
     settings_of: Callable[[nn.Module], QuantizationSettings]
     load_tensors: Callable[[nn.Module, Mapping[str, torch.Tensor]], None]
     misfit: Callable[[tuple[int, int], QuantizationSettings], str | None] = lambda shape, settings: None
+    misfit_of: Callable[[nn.Module], str | None] = lambda linear: None
 
 
 #: Name in `QuantizationSettings.backend` -> the backend.
@@ -68,6 +70,17 @@ BACKENDS = {
         load_tensors=hqq_backend.load_tensors,
         misfit=hqq_backend.misfit,
     ),
+    "gptq": Backend(
+        package="gptqmodel",
+        install='pip install "adaptq_peft[gptq]"',
+        owns=gptq_backend.owns,
+        quantize_weight=gptq_backend.quantize_weight,
+        empty_linear=gptq_backend.quantize_weight,
+        dequantize_weight=gptq_backend.dequantize_weight,
+        settings_of=gptq_backend.settings_of,
+        load_tensors=gptq_backend.load_tensors,
+        misfit_of=gptq_backend.misfit,
+    ),
 }
 
 
@@ -84,6 +97,11 @@ def check_backend(settings: QuantizationSettings) -> None:
 def is_quantized(module: nn.Module) -> bool:
     """Whether a module is a quantized linear of one of the backends."""
     return _backend_of(module) is not None
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is an `nn.Linear` or `Conv1D`, or stands for one as a quantized linear."""
+    return isinstance(module, (nn.Linear, Conv1D)) or is_quantized(module)
 
 
 def _backend_of(module: nn.Module) -> Backend | None:
@@ -198,4 +216,5 @@ def misfit(linear: nn.Module, settings: QuantizationSettings) -> str | None:
     """Why a linear's weight has a shape that the backend can't quantize; `None`: it can."""
     module: Any = linear  # maybe a quantized one, whose weight has another shape
     shape = (module.nf, module.nx) if isinstance(linear, Conv1D) else (module.out_features, module.in_features)
-    return BACKENDS[settings.backend].misfit(shape, settings)
+    backend = BACKENDS[settings.backend]
+    return backend.misfit(shape, settings) or backend.misfit_of(linear)

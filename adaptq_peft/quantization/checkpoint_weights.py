@@ -25,6 +25,8 @@ from transformers.utils import (
 )
 from transformers.utils.hub import extract_commit_hash
 
+from .backends import is_quantized
+
 #: Small tensors of each file that are compared with the model's, and the difference that a dtype may make to them: two
 #: roundings to bfloat16, each by at most 2^-9 relative.
 COMPARED_TENSORS = 8
@@ -208,7 +210,8 @@ def name_keys(model: nn.Module, keys: list[str], is_own: bool) -> dict[str, _Sou
     conversions = get_model_conversion_mapping(model) if recorded is None else recorded  # type: ignore[arg-type]
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    prefix, known = getattr(model, "base_model_prefix", None), _base_tensors(model)
+    prefix = getattr(model, "base_model_prefix", None)
+    known: dict[str, Any] = {**dict.fromkeys(_weights_as_codes(model), True), **_base_tensors(model)}
     named: dict[str, list[str]] = {}
     converted: dict[str, str] = {}
     for key in keys:
@@ -235,6 +238,11 @@ def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers under the names that they have in the model without adapters."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {_base_name(name): tensor for name, tensor in tensors}
+
+
+def _weights_as_codes(model: nn.Module) -> set[str]:
+    """Names of the weights that quantized linears hold as codes under other names."""
+    return {f"{_base_name(name)}.weight" for name, module in model.named_modules() if is_quantized(module)}
 
 
 def _base_name(name: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -13,7 +15,7 @@ from .backends import dequantize_linear, origin_of, quantize_linear, settings_of
 from .checkpoint_weights import CheckpointWeights, OriginalWeightsUnavailable
 from .origin import linear_from_tensors
 
-#: Values of `AdaptQConfig.original_weights`.
+#: Values of `AdaptQConfig.original_weights` beside the name of a checkpoint.
 ORIGINAL_WEIGHTS = ("checkpoint", "keep", "dequantized")
 
 #: Quantizing the right weights again gives the same bytes; on another device a few ties may round the other way.
@@ -23,6 +25,18 @@ MAX_DIFFERING_BYTES = 0.01
 MAX_ROUNDING_ERROR = 0.25
 
 
+def names_checkpoint(source: object) -> bool:
+    """Whether a value of `AdaptQConfig.original_weights` is a folder, or looks like the name of a Hub repository."""
+    if not isinstance(source, str) or source in ORIGINAL_WEIGHTS:
+        return False
+    return os.path.isdir(source) or "/" in source
+
+
+def named_checkpoint(sources: Iterable[str]) -> str:
+    """The first of the values of `AdaptQConfig.original_weights` that names a checkpoint, else "checkpoint"."""
+    return next((source for source in sources if names_checkpoint(source)), "checkpoint")
+
+
 class OriginalWeights:
     """Where the original weights of quantized linears come from.
 
@@ -30,13 +44,16 @@ class OriginalWeights:
 
     Args:
         model: the transformers model.
-        source: one of `ORIGINAL_WEIGHTS`. "dequantized" takes neither: the rounded weights become the originals.
-        revision: of a checkpoint on the Hub; `None`: the one that the model's config names, else the default branch.
+        source: one of `ORIGINAL_WEIGHTS`, or the folder or Hub repository of a checkpoint to take instead of the
+            model's own. "dequantized" takes neither: the rounded weights become the originals.
+        revision: of the model's own checkpoint on the Hub; `None`: the one that the model's config names, else the
+            default branch.
     """
 
     def __init__(self, model: nn.Module, source: str, revision: str | None = None) -> None:
         self._source = source
-        self._checkpoint = CheckpointWeights(model, revision=revision)
+        path = source if names_checkpoint(source) else None
+        self._checkpoint = CheckpointWeights(model, path, revision=None if path else revision)
 
     def restore(self, name: str, quantized: nn.Module) -> nn.Module:
         """A plain, frozen layer with the original weights of a quantized one, on its device and in its original dtype.
@@ -60,18 +77,22 @@ class OriginalWeights:
         origin, source = origin_of(quantized), cast(Any, quantized)
         try:
             weight = self._checkpoint.read(f"{name}.weight").to(_device(quantized), origin.dtype)
+            bias = source.bias
+            if bias is not None and not isinstance(bias, nn.Parameter):  # GPTQ has it in float16, whatever it was in
+                bias = self._checkpoint.read(f"{name}.bias").to(_device(quantized))
         except OriginalWeightsUnavailable as error:
             raise OriginalWeightsUnavailable(
                 f'{error} Without them: AdaptQConfig(original_weights="keep") on the adapter that quantizes keeps '
-                'them, and "dequantized" trains on the rounded weights.'
+                'them, "dequantized" trains on the rounded weights, and a folder or Hub repository names the 16-bit '
+                "checkpoint of a model that was loaded from a quantized one."
             ) from error
-        linear = linear_from_tensors(origin.linear_class, weight, source.bias)
+        linear = linear_from_tensors(origin.linear_class, weight, bias)
         shape = weight.t().shape if origin.linear_class is Conv1D else weight.shape
         if shape != (source.out_features, source.in_features) or not _quantizes_to(linear, quantized):
             raise ValueError(
                 f"{name}.weight in the checkpoint is not what {name} of this model was quantized from. Load the model "
-                'from its own checkpoint, or use AdaptQConfig(original_weights="dequantized") to train on the rounded '
-                "weights."
+                "from its own checkpoint, or name in original_weights the 16-bit one that it was made from, or use "
+                'AdaptQConfig(original_weights="dequantized") to train on the rounded weights.'
             )
         return linear.train(quantized.training)
 

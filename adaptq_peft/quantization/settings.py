@@ -18,7 +18,7 @@ class QuantizationSettings:
     """How a linear layer is stored.
 
     Args:
-        bits: 4 or 8; with hqq one of `HQQ_BITS`.
+        bits: 4 or 8; with hqq one of `HQQ_BITS`, with gptq those of the checkpoint.
         quant_type: "nf4" or "fp4"; only for bitsandbytes' 4 bits.
         nested_absmax: whether the scales are quantized too ("double quantization"): 4.127 bits a weight, not 4.5. Of
             bitsandbytes' 4 bits, as are the next two.
@@ -27,8 +27,9 @@ class QuantizationSettings:
         outlier_threshold: LLM.int8() threshold; only for bitsandbytes' 8 bits.
         skip_modules: names of modules that are left as they are, matched as transformers does: the end of a name, or
             a regular expression for its start.
-        backend: the library, "bitsandbytes" or "hqq".
-        group_size: weights that share a scale and a zero, a multiple of 8; only for hqq.
+        backend: "bitsandbytes", "hqq", or "gptq" of a model that arrived so.
+        group_size: weights that share a scale and a zero; only for hqq, a multiple of 8, and gptq, where -1 means each
+            row of the weight.
     """
 
     bits: int
@@ -43,17 +44,18 @@ class QuantizationSettings:
 
     def same_codes(self, other: QuantizationSettings) -> bool:
         """Whether both give the same codes and scales for a weight."""
-        own = {"hqq": ("group_size",), "bitsandbytes": ("quant_type", "nested_absmax") if self.bits == 4 else ()}
-        keys = ("backend", "bits", *own[self.backend])
+        of_bitsandbytes = ("quant_type", "nested_absmax") if self.bits == 4 else ()
+        keys = ("backend", "bits", *(of_bitsandbytes if self.backend == "bitsandbytes" else ("group_size",)))
         return all(getattr(self, key) == getattr(other, key) for key in keys)
 
     @property
     def rounds_alike_everywhere(self) -> bool:
-        """Whether rounding a weight again gives the same codes on any machine.
+        """Whether preparing the base again gives the same codes on any machine.
 
         HQQ's codes come out of an iteration: they depend on the device, the number of threads and hqq's version.
+        GPTQ's are read from the checkpoint of the model.
         """
-        return self.backend == "bitsandbytes"
+        return self.backend != "hqq"
 
     @property
     def is_saved(self) -> bool:
@@ -65,8 +67,9 @@ class QuantizationSettings:
 
     def describe(self) -> str:
         """For messages: "nf4 with nested absmax", "int8", "hqq in 2 bits, groups of 64"."""
-        if self.backend == "hqq":
-            return f"hqq in {self.bits} bits, groups of {self.group_size}"
+        if self.backend != "bitsandbytes":
+            groups = "whole rows" if self.group_size == -1 else f"groups of {self.group_size}"
+            return f"{self.backend} in {self.bits} bits, {groups}"
         if self.bits == 8:
             return "int8"
         return f"{self.quant_type} {'with' if self.nested_absmax else 'without'} nested absmax"
@@ -89,6 +92,8 @@ def resolve_quantization(
 ) -> QuantizationSettings | None:
     """Settings for one of `QUANTIZATION_NAMES`, a `BitsAndBytesConfig`, an `HqqConfig` or the dict of one.
 
+    Or for the dict that `quantization_on_arrival` gives for a model in GPTQ.
+
     `None` for "none". For "auto", those of the linears that its plan stores in 4 bits: "nf4".
 
     Raises:
@@ -100,6 +105,8 @@ def resolve_quantization(
     given = quantization if isinstance(quantization, dict) else quantization.to_dict()
     if given.get("quant_method") in ("hqq", QuantizationMethod.HQQ):
         return _from_hqq(given)
+    if given.get("quant_method") in ("gptq", QuantizationMethod.GPTQ):
+        return QuantizationSettings(bits=given["bits"], backend="gptq", group_size=given["group_size"])
     return _from_bitsandbytes(BitsAndBytesConfig.from_dict(given))
 
 

@@ -37,7 +37,7 @@ def test_a_missing_package_says_how_to_install_it(name, message, monkeypatch):
 
 def test_a_module_that_is_not_quantized():
     assert not is_quantized(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"Linear is no quantized linear; known .* \['bitsandbytes', 'hqq'\]"):
+    with pytest.raises(ValueError, match=r"Linear is no quantized linear; known .* \['bitsandbytes', 'hqq', 'gptq'\]"):
         settings_of(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="Embedding is no quantized linear"):
         load_quantized(nn.Embedding(2, 2), {"weight": torch.zeros(2, 2)})

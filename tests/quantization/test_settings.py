@@ -43,6 +43,17 @@ def test_a_bitsandbytes_config_and_its_dict_mean_the_same():
     assert settings.skip_modules == ("gate",)
 
 
+def test_the_settings_of_a_model_that_arrived_in_gptq():
+    arrived = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+    settings = resolve_quantization(arrived)
+    assert settings.describe() == "gptq in 4 bits, groups of 128"
+    assert settings.rounds_alike_everywhere
+    assert settings.same_codes(resolve_quantization(arrived | {"desc_act": True}))
+    assert not settings.same_codes(resolve_quantization(arrived | {"group_size": -1}))
+    assert not settings.same_codes(resolve_quantization("nf4"))
+    assert resolve_quantization(arrived | {"group_size": -1}).describe() == "gptq in 4 bits, whole rows"
+
+
 def test_a_config_that_quantizes_nothing_is_an_error():
     with pytest.raises(ValueError, match=r'load_in_4bit=False and load_in_8bit=False.*use quantization="none"'):
         resolve_quantization(BitsAndBytesConfig())
