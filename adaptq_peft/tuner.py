@@ -53,6 +53,7 @@ from .quantization import (
     named_checkpoint,
     origin_of,
     resolve_quantization,
+    settings_of,
     skip_when_quantizing,
 )
 from .quantization.calibrated import (
@@ -466,7 +467,7 @@ def _check_calibrated_before(config: AdaptQConfig, others: Mapping[str, AdaptQCo
 def _check_kept_codes(config: AdaptQConfig, forms: BlockForms) -> None:
     """A load rounds plainly what the adapter's file does not hold, and a deleted adapter may have left other codes."""
     has_codes = saves_quantized(config) or config.quantized_base is not None
-    calibrated = [name for name, quantized in forms.kept.items() if origin_of(quantized).calibrated]
+    calibrated = [name for name, quantized in forms.kept.items() if _has_codes_of_an_adapter(quantized)]
     lost = [name for name in calibrated if name in forms.report.restored or not has_codes]
     if lost:
         raise ValueError(
@@ -474,6 +475,11 @@ def _check_kept_codes(config: AdaptQConfig, forms: BlockForms) -> None:
             "and the new adapter would get plain rounding there when it is loaded again. Put it on a base model of "
             "its own, or on the one that unload() returns."
         )
+
+
+def _has_codes_of_an_adapter(quantized: nn.Module) -> bool:
+    """Whether codes were chosen for an adapter; those in GPTQ come with the base, at each load the same."""
+    return origin_of(quantized).calibrated and settings_of(quantized).backend != "gptq"
 
 
 def _is_named(key: str, names: Collection[str]) -> bool:
