@@ -144,6 +144,10 @@ def _adaptq_main() -> Iterator[Method]:
     yield Method(name, title, _adaptq, mixed, anchor="general")
     yield Method(f"{name}-budget", f"{title} + budget", _adaptq, mixed, anchor="general", finish="budget")
     yield Method(f"{name}-written", f"{title} on the base's own text", _adaptq, mixed, anchor="written")
+    calibrated = adaptq_options(frozen_rank=8, quantization_calibration="auto")
+    name, title = "adaptq-50-calibrated-mixed-anchor", "ADAPT-Q-50 calibrated, mixed rank + anchor"
+    yield Method(name, title, _adaptq, calibrated, anchor="general")
+    yield Method(f"{name}-budget", f"{title} + budget", _adaptq, calibrated, anchor="general", finish="budget")
 
 
 def _ablations() -> Iterator[Method]:

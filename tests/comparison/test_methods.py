@@ -72,8 +72,7 @@ def test_each_ablation_prepares_a_model(name, load, windows, measurements, monke
     monkeypatch.setattr("adaptq_peft.precision.SEQUENCES", 4)
     (method,) = resolve_methods([name])
     samples = [{"input_ids": window["input_ids"].tolist()} for window in windows[:8]]
-    options = {**method.options, "quantization_calibration": None}  # calibrating takes half a minute
-    model = method.build(load(), Inputs(samples, measurements.general_samples, 0), **options)
+    model = method.build(load(), Inputs(samples, measurements.general_samples, 0), **method.options)
     quantized = any(is_quantized(module) for module in model.modules())
     assert quantized == (name not in ("ratio-100", "frozen-none"))
 
