@@ -58,7 +58,7 @@ def moments_by_block(
 
 
 def padded_batches(documents: Documents, size: int) -> list[Batch]:
-    """Keyword arguments for `model.forward`; the mask leaves out padding and tokens after which nothing is predicted."""
+    """Keyword arguments for `model.forward`; masked are padding and tokens after which nothing is predicted."""
     batches: list[Batch] = []
     for batch in documents.batches(size):
         mask = torch.zeros_like(batch.input_ids)

@@ -23,7 +23,8 @@ DAMPING = 0.01
 class ShrinkagePath:
     """All D(lambda) of the matrices that multiply one input, from one generalized eigendecomposition.
 
-    C_dom v = mu C_gen v with V^T C_gen V = 1 gives C_dom (C_dom + lambda C_gen)^-1 = C_gen V diag(mu / (mu + lambda)) V^T.
+    C_dom v = mu C_gen v with V^T C_gen V = 1 gives
+    C_dom (C_dom + lambda C_gen)^-1 = C_gen V diag(mu / (mu + lambda)) V^T.
 
     Attributes:
         ratios: mu, [in], float64: how much more the domain excites each direction than general text does.

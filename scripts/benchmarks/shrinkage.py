@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python scripts/benchmarks/shrinkage.py --adapter runs/adapter --domain legal_train.jsonl \
         --general wikitext2_valid.txt --output runs/shrinkage
 
-One factor on all deltas, a factor for each block (`BlockScales`, with the search of `fit_to_budget`), covariance-weighted
-shrinkage over lambda, and both. Half of the general documents and of the held-out domain documents choose (slopes,
+One factor on all deltas, a factor for each block (`BlockScales`, with the steps of `fit_to_budget`),
+covariance-weighted shrinkage over lambda, and both. Half of the general documents and of the held-out domain documents choose (slopes,
 second moments), the others are reported. Each row is compared with one factor that costs as much general loss:
 interpolated between the factors that were measured. `shrinkage_adapter.py` trains the adapter.
 """
@@ -12,6 +12,7 @@ interpolated between the factors that were measured. `shrinkage_adapter.py` trai
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 from pathlib import Path
@@ -24,7 +25,6 @@ from shrinkage_adapter import domain_split
 
 from adaptq_peft.comparison.texts import read_documents
 from adaptq_peft.demo.model import load_demo_model
-from adaptq_peft.preservation import BaseReference
 from adaptq_peft.preservation.block_scales import BlockScales
 from adaptq_peft.preservation.budget import FIRST_STEP, propose_step
 from adaptq_peft.preservation.delta_shrinkage import DeltaShrinkage
@@ -76,7 +76,7 @@ class Bench:
 
 def domain_at(curve: list[Point], general: float) -> float:
     """Domain loss of the largest factor at which general loss is `general`; NaN if there is none."""
-    for (low, low_domain), (high, high_domain) in reversed(list(zip(curve, curve[1:], strict=False))):
+    for (low, low_domain), (high, high_domain) in reversed(list(itertools.pairwise(curve))):
         if min(low, high) <= general <= max(low, high) and low != high:
             return low_domain + (general - low) / (high - low) * (high_domain - low_domain)
     return math.nan
@@ -170,9 +170,7 @@ def main() -> None:
 def print_table(bench: Bench) -> None:
     """As Markdown."""
     curve = bench.curve()
-    print(
-        "\n| family | setting | general | domain perplexity | one factor at that general loss | domain loss, difference |"
-    )
+    print("\n| family | setting | general | domain perplexity | one factor at equal general loss | difference, nats |")
     print("|---|---|---|---|---|---|")
     for row in bench.rows:
         equal = domain_at(curve, row["general"])
