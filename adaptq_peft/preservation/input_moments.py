@@ -37,10 +37,10 @@ def moments_by_block(
         Names of the linears that read the same tensor -> (domain, general), float32 [in, in] each. Those that do not
         run on both texts are left out.
     """
-    base = model.get_base_model()
-    on_domain = BlockStream.open(base, blocks, padded_batches(domain, size))
+    base, way_out = model.get_base_model(), {"purpose": "shrinkage", "without": 'family="scales"'}
+    on_domain = BlockStream.open(base, blocks, padded_batches(domain, size), **way_out)
     with adapters_disabled(model):
-        on_general = BlockStream.open(base, blocks, padded_batches(general, size))
+        on_general = BlockStream.open(base, blocks, padded_batches(general, size), **way_out)
     for block in blocks:
         start = f"{block.name}."
         own = [name.removeprefix(start) for name in names if name.startswith(start)]

@@ -4,9 +4,9 @@
         --general wikitext2_valid.txt --output runs/shrinkage
 
 One factor on all deltas, a factor for each block (`BlockScales`, with the steps of `fit_to_budget`),
-covariance-weighted shrinkage over lambda, and both. Half of the general documents and of the held-out domain documents choose (slopes,
-second moments), the others are reported. Each row is compared with one factor that costs as much general loss:
-interpolated between the factors that were measured. `shrinkage_adapter.py` trains the adapter.
+covariance-weighted shrinkage over lambda, and both. Half of the general documents and of the held-out domain documents
+choose (slopes, second moments), the others are reported. Each row is compared with one factor that costs as much
+general loss, interpolated between the factors that were measured. `shrinkage_adapter.py` trains the adapter.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ from shrinkage_adapter import domain_split
 from adaptq_peft.comparison.texts import read_documents
 from adaptq_peft.demo.model import load_demo_model
 from adaptq_peft.preservation.block_scales import BlockScales
-from adaptq_peft.preservation.budget import FIRST_STEP, propose_step
+from adaptq_peft.preservation.budget_search import FIRST_STEP, propose_step
 from adaptq_peft.preservation.delta_shrinkage import DeltaShrinkage
 from adaptq_peft.preservation.documents import Documents, measure_documents, tokenize_documents
 
-FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
 Point = tuple[float, float]  # general and domain loss, nats a token
 
 
@@ -108,17 +107,12 @@ def search(bench: Bench, start: np.ndarray, limit: float, steps: int) -> np.ndar
 def measure_block_scales(
     bench: Bench, family: str, targets: dict[float, float], steps: int, setting: str = ""
 ) -> None:
-    """From the largest of some factors that holds each target on, block by block."""
-    general = bench.choosing[0]
-    ones, tried = np.ones(len(bench.scales.blocks)), {}
+    """Block by block, within each target: from no factors on if they hold it, else from its own factor on."""
+    ones = np.ones(len(bench.scales.blocks))
+    bench.scales.set(ones)
+    unscaled = bench.loss(bench.choosing[0])
     for factor, limit in targets.items():
-        for start in FACTORS:
-            if start not in tried:
-                bench.scales.set(start * ones)
-                tried[start] = bench.loss(general)
-            if tried[start] <= limit + 1e-4:
-                break
-        factors = search(bench, start * ones, limit, steps)
+        factors = search(bench, ones if unscaled <= limit else factor * ones, limit, steps)
         bench.scales.set(factors)
         bench.note(family, f"{setting}as factor {factor}", factors=factors.tolist())
     bench.scales.set(ones)
@@ -132,8 +126,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--max-tokens", type=int, default=256, help="of each document")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--strengths", nargs="+", type=float, default=[0.03, 0.1, 0.3, 1.0, 3.0, 10.0], help="lambda")
-    parser.add_argument("--dampings", nargs="+", type=float, default=[0.01, 0.1])
+    parser.add_argument(
+        "--factors", nargs="+", type=float, default=[1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]
+    )
+    parser.add_argument("--strengths", nargs="*", type=float, default=[0.03, 0.1, 0.3, 1.0, 3.0, 10.0], help="lambda")
+    parser.add_argument("--dampings", nargs="+", type=float, default=[0.01])
     parser.add_argument(
         "--targets", nargs="*", type=float, default=[0.7, 0.4], help="factors that set the general loss"
     )
@@ -147,7 +144,7 @@ def main() -> None:
     bench = Bench(arguments)
     print(f"base {bench.base}", flush=True)
     ones, targets = np.ones(len(bench.scales.blocks)), {}
-    for factor in FACTORS:
+    for factor in arguments.factors:
         bench.scales.set(factor * ones)
         if factor in arguments.targets:
             targets[factor] = bench.loss(bench.choosing[0])
