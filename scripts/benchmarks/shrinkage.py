@@ -6,7 +6,8 @@
 One factor on all deltas, a factor for each block (`BlockScales`, with the steps of `fit_to_budget`),
 covariance-weighted shrinkage over lambda, and both. Half of the general documents and of the held-out domain documents
 choose (slopes, second moments), the others are reported. Each row is compared with one factor that costs as much
-general loss, interpolated between the factors that were measured. `shrinkage_adapter.py` trains the adapter.
+general loss, interpolated between the factors that were measured. `shrinkage_adapter.py` trains the adapter. What the
+output folder has already is not measured again.
 """
 
 from __future__ import annotations
@@ -46,12 +47,14 @@ class Bench:
         self.size = arguments.batch
         self.choosing = (general.subset(order[:half]), tokenize_documents(tokenizer, choosing, **sizes))
         self.reporting = (general.subset(order[half:]), tokenize_documents(tokenizer, reporting, **sizes))
+        self.searching = tuple(text.subset(range(text.num_documents // 2)) for text in self.choosing)
         self.model: Any = base
-        self.base = self.report()
+        self._file = arguments.output / "report.json"
+        saved = json.loads(self._file.read_text()) if self._file.exists() else {}
+        self.rows: list[dict[str, Any]] = saved.get("rows", [])
+        self.base: Point = tuple(saved.get("base") or self.report())
         self.model = PeftModel.from_pretrained(base, arguments.adapter).eval()
         self.scales = BlockScales(self.model)
-        self.rows: list[dict[str, Any]] = []
-        self._output = arguments.output
 
     def loss(self, documents: Documents) -> float:
         total = measure_documents(self.model, documents, batch_size=self.size).total
@@ -61,16 +64,22 @@ class Bench:
         return self.loss(self.reporting[0]), self.loss(self.reporting[1])
 
     def note(self, family: str, setting: str, **more: Any) -> None:
-        """Measure the model as it is on the documents for reporting."""
+        """Measure the model as it is on the documents for reporting, if that was not done before."""
+        if self.has(family, setting):
+            return
         general, domain = self.report()
         self.rows.append({"family": family, "setting": setting, "general": general, "domain": domain, **more})
         print(f"{family:28} {setting:24} general {general:.4f} domain {domain:.4f}", flush=True)
-        self._output.mkdir(parents=True, exist_ok=True)
-        (self._output / "report.json").write_text(json.dumps({"base": self.base, "rows": self.rows}, indent=1) + "\n")
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._file.write_text(json.dumps({"base": self.base, "rows": self.rows}, indent=1) + "\n")
+
+    def has(self, family: str, setting: str) -> bool:
+        return any((row["family"], row["setting"]) == (family, setting) for row in self.rows)
 
     def curve(self) -> list[Point]:
         """(general, domain) of one factor, from the smallest to 1."""
-        return [(row["general"], row["domain"]) for row in self.rows if row["family"] == "one factor"][::-1]
+        rows = [row for row in self.rows if row["family"] == "one factor"]
+        return [(row["general"], row["domain"]) for row in sorted(rows, key=lambda row: float(row["setting"]))]
 
 
 def domain_at(curve: list[Point], general: float) -> float:
@@ -82,8 +91,8 @@ def domain_at(curve: list[Point], general: float) -> float:
 
 
 def search(bench: Bench, start: np.ndarray, limit: float, steps: int) -> np.ndarray:
-    """Factors that lower the domain loss with general loss up to `limit`, on the documents for choosing."""
-    general, domain = bench.choosing
+    """Factors that lower the domain loss with general loss up to `limit`, on half of the documents for choosing."""
+    general, domain = bench.searching
 
     def evaluate(factors: np.ndarray) -> tuple[bool, float, float]:
         bench.scales.set(factors)
@@ -110,8 +119,10 @@ def measure_block_scales(
     """Block by block, within each target: from no factors on if they hold it, else from its own factor on."""
     ones = np.ones(len(bench.scales.blocks))
     bench.scales.set(ones)
-    unscaled = bench.loss(bench.choosing[0])
+    unscaled = bench.loss(bench.searching[0])
     for factor, limit in targets.items():
+        if bench.has(family, f"{setting}as factor {factor}"):
+            continue
         factors = search(bench, ones if unscaled <= limit else factor * ones, limit, steps)
         bench.scales.set(factors)
         bench.note(family, f"{setting}as factor {factor}", factors=factors.tolist())
@@ -135,6 +146,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--targets", nargs="*", type=float, default=[0.7, 0.4], help="factors that set the general loss"
     )
     parser.add_argument("--both", nargs="*", type=float, default=[], help="lambdas from which blocks are scaled, too")
+    parser.add_argument("--only-both", action="store_true", help="no block scales without shrinkage")
     parser.add_argument("--steps", type=int, default=3, help="of the search block by block")
     return parser
 
@@ -147,17 +159,18 @@ def main() -> None:
     for factor in arguments.factors:
         bench.scales.set(factor * ones)
         if factor in arguments.targets:
-            targets[factor] = bench.loss(bench.choosing[0])
+            targets[factor] = bench.loss(bench.searching[0])
         bench.note("one factor", f"{factor}")
     bench.scales.set(ones)
     general, domain = bench.choosing
+    if not arguments.only_both:
+        measure_block_scales(bench, "block scales", targets, arguments.steps)
     for damping in arguments.dampings:
         shrinkage = DeltaShrinkage(bench.model, domain, general, bench.size, damping)
         for strength in arguments.strengths:
             shrinkage.set(strength)
             bench.note(f"shrinkage, damping {damping}", f"lambda {strength}")
         shrinkage.set(0)
-    measure_block_scales(bench, "block scales", targets, arguments.steps)
     for strength in arguments.both:
         shrinkage.set(strength)
         measure_block_scales(bench, "shrinkage + block scales", targets, arguments.steps, f"lambda {strength}, ")
