@@ -141,7 +141,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--factors", nargs="+", type=float, default=[1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]
     )
     parser.add_argument("--strengths", nargs="*", type=float, default=[0.03, 0.1, 0.3, 1.0, 3.0, 10.0], help="lambda")
-    parser.add_argument("--dampings", nargs="+", type=float, default=[0.01])
+    parser.add_argument("--dampings", nargs="*", type=float, default=[0.01])
     parser.add_argument(
         "--targets", nargs="*", type=float, default=[0.7, 0.4], help="factors that set the general loss"
     )
