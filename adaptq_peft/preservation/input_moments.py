@@ -23,7 +23,8 @@ def moments_by_block(
     """The means of x x^T over the tokens of each text, for each input x that some of the named linears read.
 
     On domain text the model has its adapter, on general text it is its base: the inputs on which the weights are as
-    wanted. Memory: the hidden states of all tokens of both texts, [tokens, features], and the moments of one block.
+    wanted. Memory: the hidden states of all tokens of both texts and the inputs of one linear on one of them,
+    [tokens, features] each, and the moments of one block.
 
     Args:
         model: in evaluation mode, with one active adapter. Iterate without gradients.
