@@ -12,10 +12,9 @@ from .records import Run
 from .settings import StudySettings
 from .training import num_steps
 
-#: `fit_to_budget` in forward passes over the validation text: up to 13 points on half the general text and the domain,
-#: 3 gradients there at 3 passes each, second moments in about 4, 4 candidates and the quantized base on the other
-#: half, and the domain twice. Eigendecompositions come on top.
-GENERAL_PASSES_OF_A_BUDGET, DOMAIN_PASSES_OF_A_BUDGET = 15.5, 28.0
+#: `fit_to_budget` in forward passes over the validation text: up to 7 points on half the general text and the domain,
+#: 3 gradients there at 3 passes each, 4 candidates and the quantized base on the other half, and the domain twice.
+GENERAL_PASSES_OF_A_BUDGET, DOMAIN_PASSES_OF_A_BUDGET = 10.5, 18.0
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from .forgetting import BaseReference, measure_domain, measure_quantized, resolv
 from .report import ForgettingReport, TextComparison
 
 #: Families of settings; see `fit_to_budget`.
-FAMILIES = ("shrinkage", "scales")
+FAMILIES = ("scales", "shrinkage")
 
 
 def fit_to_budget(
@@ -40,7 +40,7 @@ def fit_to_budget(
     *,
     base: BaseReference | nn.Module | None = None,
     seed: int = 0,
-    family: str = "shrinkage",
+    family: str = "scales",
     **options: Any,
 ) -> ForgettingReport:
     """Weaken an adapter's deltas until general text gets no more than `budget` worse.
@@ -57,7 +57,7 @@ def fit_to_budget(
         confidence: of the upper bound that must be within the budget. Default 0.95.
         base: as in `measure_forgetting`; with a `BaseReference`, which must have domain text, no texts are given here.
         seed: of the halves and the bootstrap.
-        family: what a setting is. "scales": a factor from 0 to 1 on the deltas of each block. "shrinkage" (default):
+        family: what a setting is. "scales" (default): a factor from 0 to 1 on the deltas of each block. "shrinkage":
             those, after each linear's delta has been shrunk by the second moments of its inputs on both texts (see
             `DeltaShrinkage`, also for the memory it takes), by one lambda; 0, which is no shrinkage, is tried, too.
         options: of `BaseReference.of`: `tokenizer`, `max_length`, `stride`, `max_tokens`, `batch_size`, `top_k`.

@@ -11,6 +11,7 @@ from support import logits
 from adaptq_peft import AdaptQConfig, BaseReference, fit_to_budget, measure_forgetting
 from adaptq_peft.preservation import budget_search
 from adaptq_peft.preservation.block_scales import BlockScales
+from adaptq_peft.preservation.budget import FAMILIES
 from adaptq_peft.preservation.documents import measure_documents, tokenize_documents
 
 
@@ -65,7 +66,7 @@ def test_gradient_leaves_flags_and_gradients_alone(adapt, general, tokenizer):
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("family", ["scales", "shrinkage"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_budget_is_held_and_survives_save_load_and_merge(
     family, adapt, load, general, domain, tokenizer, batch, tmp_path
 ):
@@ -99,7 +100,7 @@ def test_what_is_reported_is_what_is_left_in_the_adapter(
     monkeypatch.setattr(budget_search, "STRENGTHS", (0.5,))
     model = adapt(std=0.3, quantization="none")
     base = BaseReference.of(model, general, domain, tokenizer=tokenizer)
-    report = fit_to_budget(model, base=base, budget=5.0)
+    report = fit_to_budget(model, base=base, budget=5.0, family="shrinkage")
     assert report.shrinkage > 0
     assert f"Shrinkage of the deltas: lambda {report.shrinkage:.3g}" in str(report)
     assert mean_loss(model, base.domain) == pytest.approx(
@@ -114,7 +115,10 @@ def test_what_is_reported_is_what_is_left_in_the_adapter(
     assert f"shrunk by the covariances of both texts with lambda {report.shrinkage:.3g}, and by blocks" in card
 
 
-def test_an_error_on_the_way_leaves_the_adapter_as_it_was(adapt, general, domain, tokenizer, batch, monkeypatch):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_error_on_the_way_leaves_the_adapter_as_it_was(
+    family, adapt, general, domain, tokenizer, batch, monkeypatch
+):
     model = adapt(std=0.3)
     before = logits(model, batch)
 
@@ -123,7 +127,7 @@ def test_an_error_on_the_way_leaves_the_adapter_as_it_was(adapt, general, domain
 
     monkeypatch.setattr("adaptq_peft.preservation.budget.measure_quantized", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        fit_to_budget(model, general, domain, tokenizer=tokenizer)
+        fit_to_budget(model, general, domain, family=family, tokenizer=tokenizer)
     assert torch.equal(logits(model, batch), before)
 
 
@@ -133,7 +137,7 @@ def test_a_harmless_adapter_keeps_its_scale(adapt, general, domain, tokenizer):
     assert report.quantization == 0
 
 
-@pytest.mark.parametrize("family", ["scales", "shrinkage"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("delta_dtype", ["float32", "bfloat16"])
 def test_if_no_setting_holds_the_budget_the_adapter_is_left_and_the_way_out_named(
     family, delta_dtype, adapt, general, domain, tokenizer, batch
@@ -157,7 +161,7 @@ def test_what_is_missing_is_named(adapt, load, general, domain, tokenizer):
         fit_to_budget(adapt(), general[:15], domain, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="budget is -1; allowed: a fraction above -1"):
         fit_to_budget(adapt(), general, domain, -1, tokenizer=tokenizer)
-    with pytest.raises(ValueError, match=r"family is 'both'; allowed: \['shrinkage', 'scales'\]"):
+    with pytest.raises(ValueError, match=r"family is 'both'; allowed: \['scales', 'shrinkage'\]"):
         fit_to_budget(adapt(), general, domain, family="both", tokenizer=tokenizer)
     with pytest.raises(ValueError, match="one active adapter is needed, and LlamaForCausalLM has"):
         fit_to_budget(load(), general, domain, tokenizer=tokenizer)
