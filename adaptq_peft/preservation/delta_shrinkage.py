@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..evaluation_mode import evaluation_mode
 from ..layer import AdaptQLayer
 from ..selection import find_blocks
-from .block_scales import active_adapter, linear_parameters
+from .block_scales import active_adapter, adapter_layers, linear_parameters
 from .documents import Documents
 from .input_moments import moments_by_block
 from .shrinkage import DAMPING, ShrinkagePath
@@ -58,33 +58,26 @@ class DeltaShrinkage:
         adapter = active_adapter(model)
         pattern = getattr(model.peft_config[adapter], "layers_pattern", None)  # type: ignore[union-attr, index]
         blocks = find_blocks(model.get_base_model(), pattern or None)  # type: ignore[operator]
-        found = [
-            {
-                f"{block.name}.{name}": module
-                for name, module in block.module.named_modules()
-                if isinstance(module, BaseTunerLayer) and adapter in getattr(module, "scaling", {})
-            }
-            for block in blocks
-        ]
+        found = [adapter_layers(block, adapter) for block in blocks]
+        touched = [index for index, layers in enumerate(found) if layers]
+        if not touched:
+            raise ValueError(f"adapter {adapter!r} adds nothing to any block, so there is nothing to shrink")
         layers = {name: layer for block in found for name, layer in block.items()}
         factors = {name: input_factor(layer, adapter) for name, layer in layers.items()}
-        touched = [index for index, block in enumerate(found) if block]
+        self._factors = {name: factor for name, factor in factors.items() if factor is not None}
+        #: Names of linears that read the same input, and their path.
+        self._paths: list[tuple[tuple[str, ...], ShrinkagePath]] = []
         span = blocks[touched[0] : touched[-1] + 1]
-        linears = [name for name, factor in factors.items() if factor is not None]
-        self._shrunk: list[tuple[InputFactor, ShrinkagePath]] = []
-        done: set[str] = set()
         with evaluation_mode(model), torch.no_grad():
-            for moments in moments_by_block(model, span, linears, domain, general, batch_size):  # type: ignore[arg-type]
-                for names, pair in moments.items():
-                    path = ShrinkagePath.of(*pair, damping)
-                    self._shrunk += [(factors[name], path) for name in names]  # type: ignore[misc]
-                    done |= set(names)
+            for moments in moments_by_block(model, span, self._factors, domain, general, batch_size):  # type: ignore[arg-type]
+                self._paths += [(names, ShrinkagePath.of(*pair, damping)) for names, pair in moments.items()]
+        shrunk = {name for names, _ in self._paths for name in names}
         self._scaled = [
             parameter
             for name, layer in layers.items()
-            for parameter in (_other_parameters if name in done else linear_parameters)(layer, adapter)
+            for parameter in (_other_parameters if name in shrunk else linear_parameters)(layer, adapter)
         ]
-        parameters = [*self._scaled, *(factor.parameter for factor, _ in self._shrunk)]
+        parameters = [*self._scaled, *(self._factors[name].parameter for name in shrunk)]
         self._originals = {parameter: parameter.detach().clone() for parameter in parameters}
 
     @torch.no_grad()
@@ -92,10 +85,11 @@ class DeltaShrinkage:
         """Give the adapter the values of D(strength), made from the stored originals."""
         for parameter in self._scaled:
             parameter.copy_(self._originals[parameter] * (1 / (1 + strength)))
-        for (parameter, transposed), path in self._shrunk:
-            original = self._originals[parameter]
-            shrunk = path.shrink(original.t() if transposed else original, strength)
-            parameter.copy_(shrunk.t() if transposed else shrunk)
+        for names, path in self._paths:
+            for parameter, transposed in (self._factors[name] for name in names):
+                original = self._originals[parameter]
+                shrunk = path.shrink(original.t() if transposed else original, strength)
+                parameter.copy_(shrunk.t() if transposed else shrunk)
 
 
 def input_factor(layer: Any, adapter: str) -> InputFactor | None:

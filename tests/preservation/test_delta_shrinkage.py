@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from support import logits, randomize
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from adaptq_peft import AdaptQConfig
 from adaptq_peft.preservation.delta_shrinkage import DeltaShrinkage
@@ -64,6 +65,28 @@ def test_a_delta_is_shrunk_by_what_its_linear_reads(load, texts, name):
     expected = ShrinkagePath.of(domain, general).shrink(delta.detach().clone(), 0.5)
     DeltaShrinkage(model, *texts, batch_size=4).set(0.5)
     torch.testing.assert_close(delta.detach(), expected, rtol=1e-2, atol=1e-4)
+
+
+def test_a_delta_of_a_conv1d_is_shrunk_on_its_first_axis(texts):
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=64, n_embd=16, n_layer=2, n_head=2))
+    model = get_peft_model(base, AdaptQConfig(layers_to_transform=[1], quantization="none")).eval()
+    randomize(model, std=0.05)
+    layer = model.get_base_model().get_submodule("transformer.h.1.mlp.c_fc")
+    domain = moment_of(model, layer, texts[0])
+    with model.disable_adapter():
+        general = moment_of(model, layer, texts[1])
+    delta = layer.adaptq_delta["default"].weight
+    expected = ShrinkagePath.of(domain, general).shrink(delta.detach().t(), 0.5).t()
+    assert delta.shape == (16, 64)
+    DeltaShrinkage(model, *texts, batch_size=4).set(0.5)
+    torch.testing.assert_close(delta.detach(), expected, rtol=1e-2, atol=1e-4)
+
+
+def test_an_adapter_without_anything_in_the_blocks_is_refused(load, texts):
+    model = get_peft_model(load(), LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="adapter 'default' adds nothing to any block, so there is nothing to shrink"):
+        DeltaShrinkage(model, *texts, batch_size=4)
 
 
 def test_a_product_is_shrunk_as_the_delta_that_it_makes(load, texts):
