@@ -118,8 +118,8 @@ class AdaptQConfig(PeftConfig):
             "quantized": 28.6, "adapted": 26.2}, ...}. "text" says on what; any of the four may be left out. Nothing
             fills it in but you and `adaptq demo`.
         certificate: what `fit_to_budget` found: the budget that the adapter holds, the measured degradation, its upper
-            bound and confidence, the split, the documents and the factor of each block. Filled in; it holds for
-            the deltas as they were then, so set it to `None` if you train on.
+            bound and confidence, the split, the documents, lambda and the factor of each block. Filled in; it holds
+            for the deltas as they were then, so set it to `None` if you train on.
         base_fingerprint: identifies the base model that the adapter was made for; filled in by `get_peft_model`.
         adaptq_version: version of the saved format; filled in.
 

@@ -296,10 +296,16 @@ def _certificate(certificate: Mapping[str, Any] | None) -> list[str]:
         f"{certificate['upper_bound']:+.2%} with {certificate['confidence']:.0%} confidence: within the budget of "
         f"{certificate['budget']:+.1%}. Quantization brought {certificate['quantization']:+.2%}, training "
         f"{certificate['training']:+.2%}. Measured on {certificate['num_documents']} documents, "
-        f"{certificate['num_tokens']:,} tokens, that were not used to choose the scales. It holds for text of that "
-        "kind only."
+        f"{certificate['num_tokens']:,} tokens, that were not used to choose how the deltas were weakened"
+        f"{_weakened(certificate)}. It holds for text of that kind only."
     )
     return ["### Forgetting, certified", text]
+
+
+def _weakened(certificate: Mapping[str, Any]) -> str:
+    if certificate.get("shrinkage"):
+        return f": shrunk by the covariances of both texts with lambda {certificate['shrinkage']:.3g}, and by blocks"
+    return ": by a factor on each block" if certificate.get("scales") else ""
 
 
 def _figure(figures: Mapping[str, Any], stage: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..evaluation import token_nll
 from ..evaluation_mode import evaluation_mode
 from ..layer import AdaptQLayer
-from ..selection import find_blocks
+from ..selection import Block, find_blocks
 from .documents import Documents
 
 #: Where the derivative at 0 is taken: a delta has no gradient where its factor is exactly 0.
@@ -39,7 +39,7 @@ class BlockScales:
         self.adapter = active_adapter(model)
         pattern = getattr(model.peft_config[self.adapter], "layers_pattern", None)  # type: ignore[union-attr, index]
         found = {
-            block.index: _layers(block.module, self.adapter)
+            block.index: list(adapter_layers(block, self.adapter).values())
             for block in find_blocks(model.get_base_model(), pattern or None)  # type: ignore[operator]
         }
         self._layers = {index: layers for index, layers in found.items() if layers}
@@ -120,9 +120,13 @@ def active_adapter(model: nn.Module) -> str:
     return active[0]
 
 
-def _layers(block: nn.Module, adapter: str) -> list[Any]:
-    layers = [module for module in block.modules() if isinstance(module, BaseTunerLayer)]
-    return [layer for layer in layers if adapter in getattr(layer, "scaling", {})]
+def adapter_layers(block: Block, adapter: str) -> dict[str, Any]:
+    """Dotted name in the model -> layer, of the layers of a block that an adapter changes."""
+    return {
+        f"{block.name}.{name}": module
+        for name, module in block.module.named_modules()
+        if isinstance(module, BaseTunerLayer) and adapter in getattr(module, "scaling", {})
+    }
 
 
 def _dot(gradient: Tensor | None, parameter: Tensor) -> float:

@@ -82,6 +82,8 @@ class ForgettingReport:
         upper_bound: upper confidence bound of `degradation`.
         budget: the degradation that is allowed, or `None`.
         feasible: whether `upper_bound` is within the budget; `None` without a budget.
+        family: what `fit_to_budget` chose among, "scales" or "shrinkage"; `None` if nothing was chosen.
+        shrinkage: lambda of the covariance-weighted shrinkage, 0 if none was best; `None` in the family "scales".
         scales: block -> factor on its deltas; empty if none was chosen.
         note: in words, what to know or do; may be empty.
     """
@@ -93,6 +95,8 @@ class ForgettingReport:
     upper_bound: float
     budget: float | None = None
     feasible: bool | None = None
+    family: str | None = None
+    shrinkage: float | None = None
     scales: dict[int, float] = field(default_factory=dict)
     note: str = ""
 
@@ -124,6 +128,8 @@ class ForgettingReport:
             "domain_kl": self.domain_kl,
             "num_documents": len(self.general.base.nll),
             "num_tokens": self.general.base.total.num_tokens,
+            "family": self.family,
+            "shrinkage": self.shrinkage,
             "scales": {str(block): scale for block, scale in self.scales.items()},
         }
         return {name: value for name, value in figures.items() if value is not None}
@@ -181,6 +187,8 @@ class ForgettingReport:
             lines.append(f"KL(base || adapted) on domain text: {self.domain_kl:.4f} nats a token")
         if self.budget is not None:
             lines.append(f"Budget {self.budget:+.1%}: {'held' if self.feasible else 'infeasible'}")
+        if self.shrinkage is not None:
+            lines.append(f"Shrinkage of the deltas: lambda {self.shrinkage:.3g}")
         if self.scales:
             lines.append("Scale of each block: " + ", ".join(f"{b}: {s:.2f}" for b, s in self.scales.items()))
         return [*lines, self.note] if self.note else lines

@@ -1,4 +1,4 @@
-"""The budget: derivatives by finite differences, a bound that is held, scales that survive save, load and merge."""
+"""The budget: derivatives by finite differences, a bound that is held, settings that survive save, load and merge."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from support import logits
 
-from adaptq_peft import AdaptQConfig, fit_to_budget, measure_forgetting
+from adaptq_peft import AdaptQConfig, BaseReference, fit_to_budget, measure_forgetting
+from adaptq_peft.preservation import budget_search
 from adaptq_peft.preservation.block_scales import BlockScales
-from adaptq_peft.preservation.budget import propose_step
+from adaptq_peft.preservation.budget import FAMILIES
 from adaptq_peft.preservation.documents import measure_documents, tokenize_documents
 
 
@@ -65,25 +66,20 @@ def test_gradient_leaves_flags_and_gradients_alone(adapt, general, tokenizer):
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
 
 
-def test_a_step_lowers_the_domain_loss_within_the_slack():
-    factors, domain, general = np.full(3, 0.5), np.array([-1.0, -1.0, 1.0]), np.array([1.0, -0.1, 0.0])
-    free = propose_step(factors, domain, general, slack=10, radius=0.1)
-    assert free == pytest.approx([0.6, 0.6, 0.4])
-    held = propose_step(factors, domain, general, slack=0, radius=0.1)
-    assert general @ (held - factors) <= 0
-    assert domain @ (held - factors) < 0
-    assert propose_step(np.ones(3), np.zeros(3), np.zeros(3), 0, 0.1).tolist() == [1, 1, 1]
-
-
-def test_a_budget_is_held_and_survives_save_load_and_merge(adapt, load, general, domain, tokenizer, batch, tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_budget_is_held_and_survives_save_load_and_merge(
+    family, adapt, load, general, domain, tokenizer, batch, tmp_path
+):
     quantized = measure_forgetting(adapt(std=0), general * 2, tokenizer=tokenizer)
     model, budget = adapt(std=0.3), round(1.5 * quantized.upper_bound, 2)
     assert measure_forgetting(model, general * 2, tokenizer=tokenizer).degradation > budget
-    report = fit_to_budget(model, general * 2, domain, budget, tokenizer=tokenizer)
+    report = fit_to_budget(model, general * 2, domain, budget, family=family, tokenizer=tokenizer)
     assert report.feasible
+    assert report.family == family
+    assert (report.shrinkage is None) == (family == "scales")
     assert report.degradation < report.upper_bound <= budget
     assert list(report.scales) == [1, 3]
-    assert 0 <= min(report.scales.values()) < 1
+    assert 0 <= min(report.scales.values()) < 1 or report.shrinkage > 0
     assert model.peft_config["default"].certificate == report.certificate()
     expected = logits(model, batch)
     model.save_pretrained(tmp_path / "adapter")
@@ -92,7 +88,47 @@ def test_a_budget_is_held_and_survives_save_load_and_merge(adapt, load, general,
     assert loaded.peft_config["default"].certificate == report.certificate()
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert f"at most {report.upper_bound:+.2%} with 95% confidence: within the budget of {budget:+.1%}" in card
+    assert ("how the deltas were weakened: by a factor on each block." in card) != bool(report.shrinkage)
     assert torch.allclose(logits(loaded.merge_and_unload(), batch), expected, atol=1e-4)
+
+
+def test_what_is_reported_is_what_is_left_in_the_adapter(
+    adapt, general, domain, tokenizer, batch, load, tmp_path, monkeypatch
+):
+    """Where only shrinking is tried: the report's losses are those of the model afterwards, and of the saved one."""
+    monkeypatch.setattr(budget_search, "GLOBAL_FACTORS", (1.0,))
+    monkeypatch.setattr(budget_search, "STRENGTHS", (0.5,))
+    model = adapt(std=0.3, quantization="none")
+    base = BaseReference.of(model, general, domain, tokenizer=tokenizer)
+    report = fit_to_budget(model, base=base, budget=5.0, family="shrinkage")
+    assert report.shrinkage > 0
+    assert f"Shrinkage of the deltas: lambda {report.shrinkage:.3g}" in str(report)
+    assert mean_loss(model, base.domain) == pytest.approx(
+        report.domain.adapted.total.nll / report.domain.adapted.total.num_tokens, rel=1e-6
+    )
+    assert report.certificate()["family"] == "shrinkage"
+    assert report.certificate()["shrinkage"] == report.shrinkage
+    expected = logits(model, batch)
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(PeftModel.from_pretrained(load(), tmp_path / "adapter"), batch), expected)
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert f"shrunk by the covariances of both texts with lambda {report.shrinkage:.3g}, and by blocks" in card
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_error_on_the_way_leaves_the_adapter_as_it_was(
+    family, adapt, general, domain, tokenizer, batch, monkeypatch
+):
+    model = adapt(std=0.3)
+    before = logits(model, batch)
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("adaptq_peft.preservation.budget.measure_quantized", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit_to_budget(model, general, domain, family=family, tokenizer=tokenizer)
+    assert torch.equal(logits(model, batch), before)
 
 
 def test_a_harmless_adapter_keeps_its_scale(adapt, general, domain, tokenizer):
@@ -101,13 +137,16 @@ def test_a_harmless_adapter_keeps_its_scale(adapt, general, domain, tokenizer):
     assert report.quantization == 0
 
 
-def test_if_no_scale_holds_the_budget_the_adapter_is_left_and_the_way_out_named(
-    adapt, general, domain, tokenizer, batch
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("delta_dtype", ["float32", "bfloat16"])
+def test_if_no_setting_holds_the_budget_the_adapter_is_left_and_the_way_out_named(
+    family, delta_dtype, adapt, general, domain, tokenizer, batch
 ):
-    model = adapt(std=0.3)
-    before = logits(model, batch)
-    report = fit_to_budget(model, general, domain, -0.9, tokenizer=tokenizer)
+    model = adapt(std=0.3, frozen_rank=4, delta_dtype=delta_dtype)
+    before, state = logits(model, batch), {name: p.detach().clone() for name, p in model.named_parameters()}
+    report = fit_to_budget(model, general, domain, -0.9, family=family, tokenizer=tokenizer)
     assert not report.feasible
+    assert all(torch.equal(parameter, state[name]) for name, parameter in model.named_parameters())
     assert model.peft_config["default"].certificate is None
     assert torch.equal(logits(model, batch), before)
     assert "infeasible" in str(report)
@@ -122,6 +161,8 @@ def test_what_is_missing_is_named(adapt, load, general, domain, tokenizer):
         fit_to_budget(adapt(), general[:15], domain, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="budget is -1; allowed: a fraction above -1"):
         fit_to_budget(adapt(), general, domain, -1, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"family is 'both'; allowed: \['scales', 'shrinkage'\]"):
+        fit_to_budget(adapt(), general, domain, family="both", tokenizer=tokenizer)
     with pytest.raises(ValueError, match="one active adapter is needed, and LlamaForCausalLM has"):
         fit_to_budget(load(), general, domain, tokenizer=tokenizer)
     dora = get_peft_model(load(), LoraConfig(target_modules=["q_proj"], use_dora=True))

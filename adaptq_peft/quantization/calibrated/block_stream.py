@@ -46,22 +46,32 @@ class BlockStream:
     _calls: dict[str, list[_Call]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch]) -> BlockStream:
+    def open(
+        cls,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        batches: Sequence[Batch],
+        purpose: str = "calibrated quantization",
+        without: str = "quantization_calibration=None",
+    ) -> BlockStream:
         """Run the model once on all batches, up to the last of `blocks`, and stand before the first of them.
 
         Args:
             model: in evaluation mode.
             blocks: consecutive blocks, in the order in which they run.
             batches: keyword arguments for `model.forward`, as `calibration_batches` makes them.
+            purpose: what needs the stream, for error messages.
+            without: the setting that does without it, for error messages.
 
         Raises:
             ValueError: if a block does not run exactly once in a forward pass, or hidden states are not its first
                 argument.
         """
         stream = cls([], [_mask(batch) for batch in batches], {block.name: [] for block in blocks})
+        recorders = [(b.module, stream._recorder(b, b is blocks[0], purpose, without)) for b in blocks]
         device = next(model.parameters()).device
         extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-        with _hooks([(b.module, stream._recorder(b, first=b is blocks[0])) for b in blocks], blocks[-1].module):
+        with _hooks(recorders, blocks[-1].module):
             for batch in batches:
                 inputs = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
                 _run_until_stopped(model, (), {**extra, **inputs})
@@ -69,7 +79,7 @@ class BlockStream:
             if len(calls) != len(batches):
                 raise ValueError(
                     f"block {name} ran {len(calls)} times in {len(batches)} forward passes of {type(model).__name__}; "
-                    "calibrated quantization needs blocks that run once each. Set quantization_calibration=None."
+                    f"{purpose} needs blocks that run once each. Set {without}."
                 )
         return stream
 
@@ -78,13 +88,13 @@ class BlockStream:
         calls = {name: list(calls) for name, calls in self._calls.items()}
         return BlockStream(list(self.hidden), self.masks, calls)
 
-    def _recorder(self, block: Block, first: bool) -> Callable[..., None]:
+    def _recorder(self, block: Block, first: bool, purpose: str, without: str) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs.get("hidden_states")
             if not isinstance(hidden, Tensor):
                 raise ValueError(
-                    f"block {block.name} takes no hidden states as its first argument; calibrated quantization can't "
-                    "follow the data through it. Set quantization_calibration=None."
+                    f"block {block.name} takes no hidden states as its first argument; {purpose} can't follow the "
+                    f"data through it. Set {without}."
                 )
             rest = {key: value for key, value in kwargs.items() if args or key != "hidden_states"}
             self._calls[block.name].append(_Call(args[1:], rest))
