@@ -136,11 +136,11 @@ class BlockForms:
         for block in tqdm(blocks, desc="Preparing blocks", unit="block", delay=2):
             self._build(block, reasons)
         if wishes.calibrate:
-            plain = [name for name, quantized in self.kept.items() if not origin_of(quantized).calibrated]
-            frozen = [name for name in plain if name not in self.report.restored]
-            self.report.plain.update(dict.fromkeys(frozen, "it was quantized already"))
-        if wishes.calibrate and self.report.swapped:
-            self._calibrate(wishes.calibrate)
+            for name, quantized in self.kept.items():
+                if not origin_of(quantized).calibrated and name not in self.report.restored:
+                    self.report.plain[name] = "it was quantized already"
+            if self.report.swapped:
+                self._calibrate(wishes.calibrate)
 
     @property
     def has_new_codes(self) -> bool:

@@ -74,7 +74,7 @@ def _sample_codes(model: nn.Module, blocks: list[Block]) -> dict[str, str | None
     codes: dict[str, torch.Tensor] = {
         base_name(f"{name}.qweight"): module.qweight  # type: ignore[misc]
         for name, module in model.named_modules()
-        if name.startswith(inside) and is_quantized(module) and settings_of(module).backend == "gptq"
+        if name.startswith(inside) and is_quantized(module) and settings_of(module).comes_with_base
     }
     return {name: _sample(codes[name]) for name in _spread(list(codes))}
 

@@ -113,8 +113,7 @@ def choose_blocks(
         ValueError: if K or an index is out of range, activations are not finite, or the profile is of another model.
     """
     if config.layers_to_transform is not None:
-        given = config.layers_to_transform
-        chosen = [given] if isinstance(given, int) else given
+        chosen = _indices(config)
         _check_indices(chosen, len(blocks))
         return chosen, config.profile
     named = _blocks_of_targets(model, blocks, config)
@@ -199,7 +198,7 @@ def _quantization(model: nn.Module, config: AdaptQConfig) -> str | dict[str, Any
 
 def _check_not_gptq(model: nn.Module, config: AdaptQConfig) -> None:
     settings = resolve_quantization(config.quantization)
-    if settings is not None and settings.backend == "gptq":
+    if settings is not None and settings.comes_with_base:
         raise ValueError(
             f"The adapter is for a base in {settings.describe()}, and this {type(model).__name__} did not arrive so. "
             f"Load the GPTQ checkpoint that it was made on (its config names {config.base_model_name_or_path!r}) by "
@@ -212,7 +211,7 @@ def _check_gptq(
 ) -> None:
     """Layers in GPTQ come with a model and are not made here, so nothing may ask for new ones."""
     settings = resolve_quantization(quantization)
-    if settings is None or settings.backend != "gptq":
+    if settings is None or not settings.comes_with_base:
         return
     missing = {index for other in others.values() for index in _indices(other)} - set(adapted)
     for name, value in (

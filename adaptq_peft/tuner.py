@@ -478,8 +478,8 @@ def _check_kept_codes(config: AdaptQConfig, forms: BlockForms) -> None:
 
 
 def _has_codes_of_an_adapter(quantized: nn.Module) -> bool:
-    """Whether codes were chosen for an adapter; those in GPTQ come with the base, at each load the same."""
-    return origin_of(quantized).calibrated and settings_of(quantized).backend != "gptq"
+    """Whether codes were chosen for an adapter; others come with the base."""
+    return origin_of(quantized).calibrated and not settings_of(quantized).comes_with_base
 
 
 def _is_named(key: str, names: Collection[str]) -> bool:

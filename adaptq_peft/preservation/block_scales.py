@@ -37,11 +37,7 @@ class BlockScales:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self.adapter = active_adapter(model)
-        pattern = getattr(model.peft_config[self.adapter], "layers_pattern", None)  # type: ignore[union-attr, index]
-        found = {
-            block.index: list(adapter_layers(block, self.adapter).values())
-            for block in find_blocks(model.get_base_model(), pattern or None)  # type: ignore[operator]
-        }
+        found = {block.index: list(layers.values()) for block, layers in layers_by_block(model, self.adapter)}
         self._layers = {index: layers for index, layers in found.items() if layers}
         self.blocks = list(self._layers)
         if not self.blocks:
@@ -120,13 +116,20 @@ def active_adapter(model: nn.Module) -> str:
     return active[0]
 
 
-def adapter_layers(block: Block, adapter: str) -> dict[str, Any]:
-    """Dotted name in the model -> layer, of the layers of a block that an adapter changes."""
-    return {
-        f"{block.name}.{name}": module
-        for name, module in block.module.named_modules()
-        if isinstance(module, BaseTunerLayer) and adapter in getattr(module, "scaling", {})
-    }
+def layers_by_block(model: nn.Module, adapter: str) -> list[tuple[Block, dict[str, Any]]]:
+    """Each block with the layers in it that an adapter changes: dotted name in the base model -> layer."""
+    pattern = getattr(model.peft_config[adapter], "layers_pattern", None)  # type: ignore[union-attr, index]
+    return [
+        (
+            block,
+            {
+                f"{block.name}.{name}": module
+                for name, module in block.module.named_modules()
+                if isinstance(module, BaseTunerLayer) and adapter in getattr(module, "scaling", {})
+            },
+        )
+        for block in find_blocks(model.get_base_model(), pattern or None)  # type: ignore[operator]
+    ]
 
 
 def _dot(gradient: Tensor | None, parameter: Tensor) -> float:

@@ -75,7 +75,7 @@ def fit_to_budget(
     scales = BlockScales(model)
     reference = resolve_reference(model, general, domain, base, options)
     _check(reference, budget)
-    fit = _Fit(model, reference, math.log1p(budget), confidence, seed, family)
+    fit = _Fit(model, scales, reference, math.log1p(budget), confidence, seed, family)
     kept = False
     try:
         chosen, report = fit.certify(fit.search(), budget)
@@ -97,6 +97,7 @@ class _Fit:
     def __init__(
         self,
         model: nn.Module,
+        scales: BlockScales,
         reference: BaseReference,
         limit: float,
         confidence: float,
@@ -104,11 +105,10 @@ class _Fit:
         family: str,
     ) -> None:
         assert reference.domain is not None
-        self._model, self._reference, self._family = model, reference, family
+        self._model, self._scales, self._reference, self._family = model, scales, reference, family
         self._limit, self._confidence, self._seed = limit, confidence, seed
         order = np.random.default_rng(seed).permutation(reference.general.num_documents).tolist()
         self._choosing, self._certifying = order[: len(order) // 2], order[len(order) // 2 :]
-        self.scales = BlockScales(model)
         self._shrinkage: DeltaShrinkage | None = None
         self._strength = 0.0
         if family == "shrinkage":
@@ -117,7 +117,7 @@ class _Fit:
 
     def search(self) -> list[Point]:
         """All settings that were tried: [-1] is the best, and others may be safer."""
-        blocks = len(self.scales.blocks)
+        blocks = len(self._scales.blocks)
         return search(self._evaluate, self._slopes, blocks, self._limit, self._shrinkage is not None)
 
     def certify(self, points: list[Point], budget: float) -> tuple[Setting, ForgettingReport]:
@@ -138,19 +138,19 @@ class _Fit:
     def keep(self, setting: Setting) -> None:
         """Write a setting into the adapter."""
         self._apply(setting)
-        self.scales.fold(setting.factors)
+        self._scales.fold(setting.factors)
 
     def undo(self) -> None:
         """Put the adapter back as it was trained, exactly: from stored values, whatever has been written by now."""
         self._strength = math.nan
-        self._apply(Setting(np.ones(len(self.scales.blocks))))
+        self._apply(Setting(np.ones(len(self._scales.blocks))))
 
     def _apply(self, setting: Setting) -> None:
         if self._shrinkage is not None and setting.strength != self._strength:
             self._strength = math.nan  # until all is written
             self._shrinkage.set(setting.strength)
             self._strength = setting.strength
-        self.scales.set(setting.factors)
+        self._scales.set(setting.factors)
 
     def _report(
         self, setting: Setting, general: TextComparison, bound: float, budget: float, feasible: bool
@@ -172,7 +172,7 @@ class _Fit:
             feasible=feasible,
             family=self._family,
             shrinkage=None if self._shrinkage is None else float(setting.strength),
-            scales={block: float(f) for block, f in zip(self.scales.blocks, setting.factors, strict=True)},
+            scales={block: float(f) for block, f in zip(self._scales.blocks, setting.factors, strict=True)},
             note="" if feasible else _way_out(general, budget),
         )
 
@@ -195,8 +195,8 @@ class _Fit:
         assert self._reference.domain is not None
         self._apply(setting)
         size, general = self._reference.batch_size, self._reference.general.subset(self._choosing)
-        domain = self.scales.gradient(setting.factors, self._reference.domain, size)
-        return domain, self.scales.gradient(setting.factors, general, size)
+        domain = self._scales.gradient(setting.factors, self._reference.domain, size)
+        return domain, self._scales.gradient(setting.factors, general, size)
 
 
 def _way_out(general: TextComparison, budget: float) -> str:

@@ -12,8 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..evaluation_mode import evaluation_mode
 from ..layer import AdaptQLayer
-from ..selection import find_blocks
-from .block_scales import active_adapter, adapter_layers, linear_parameters
+from .block_scales import active_adapter, layers_by_block, linear_parameters
 from .documents import Documents
 from .input_moments import moments_by_block
 from .shrinkage import DAMPING, ShrinkagePath
@@ -56,18 +55,16 @@ class DeltaShrinkage:
         self, model: nn.Module, domain: Documents, general: Documents, batch_size: int, damping: float = DAMPING
     ) -> None:
         adapter = active_adapter(model)
-        pattern = getattr(model.peft_config[adapter], "layers_pattern", None)  # type: ignore[union-attr, index]
-        blocks = find_blocks(model.get_base_model(), pattern or None)  # type: ignore[operator]
-        found = [adapter_layers(block, adapter) for block in blocks]
-        touched = [index for index, layers in enumerate(found) if layers]
+        found = layers_by_block(model, adapter)
+        touched = [index for index, (_, layers) in enumerate(found) if layers]
         if not touched:
             raise ValueError(f"adapter {adapter!r} adds nothing to any block, so there is nothing to shrink")
-        layers = {name: layer for block in found for name, layer in block.items()}
+        layers = {name: layer for _, within in found for name, layer in within.items()}
         factors = {name: input_factor(layer, adapter) for name, layer in layers.items()}
         self._factors = {name: factor for name, factor in factors.items() if factor is not None}
         #: Names of linears that read the same input, and their path.
         self._paths: list[tuple[tuple[str, ...], ShrinkagePath]] = []
-        span = blocks[touched[0] : touched[-1] + 1]
+        span = [block for block, _ in found[touched[0] : touched[-1] + 1]]
         with evaluation_mode(model), torch.no_grad():
             for moments in moments_by_block(model, span, self._factors, domain, general, batch_size):  # type: ignore[arg-type]
                 self._paths += [(names, ShrinkagePath.of(*pair, damping)) for names, pair in moments.items()]

@@ -58,6 +58,11 @@ class QuantizationSettings:
         return self.backend != "hqq"
 
     @property
+    def comes_with_base(self) -> bool:
+        """Whether the codes are those of the base's checkpoint: they are not made here, and each load has the same."""
+        return self.backend == "gptq"
+
+    @property
     def is_saved(self) -> bool:
         """Whether the file of an adapter, if it holds quantized weights, holds these.
 

@@ -13,13 +13,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import load_model, make_parser, report
+from common import load_model, make_parser, model_name, report
 from peft import get_peft_model
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from adaptq_peft import AdaptQConfig
-from adaptq_peft.demo.model import demo_model_folder
 from adaptq_peft.preservation.top_k_kl import top_k_kl, top_k_log_probs
 
 
@@ -33,8 +32,9 @@ def parse() -> argparse.Namespace:
 
 
 def windows(arguments: argparse.Namespace) -> list[Tensor]:
-    name = demo_model_folder() if arguments.model == "smollm2" else arguments.model
-    ids = AutoTokenizer.from_pretrained(name)(arguments.texts.read_text(), verbose=False)["input_ids"]
+    ids = AutoTokenizer.from_pretrained(model_name(arguments.model))(arguments.texts.read_text(), verbose=False)[
+        "input_ids"
+    ]
     return list(torch.tensor(ids[: arguments.tokens]).split(arguments.length))
 
 

@@ -16,12 +16,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import load_model, make_parser, report
+from common import load_model, make_parser, model_name, report
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 from adaptq_peft import AdaptQConfig
-from adaptq_peft.demo.model import demo_model_folder
 from adaptq_peft.demo.training import training_windows
 from adaptq_peft.evaluation import evaluate_perplexity
 from adaptq_peft.preservation.anchor_callback import PreservationCallback
@@ -86,7 +85,7 @@ def train(model: torch.nn.Module, samples: list, callbacks: list, arguments: arg
 def main() -> None:
     arguments = parse()
     base = load_model(arguments).eval()
-    tokenizer = AutoTokenizer.from_pretrained(demo_model_folder() if arguments.model == "smollm2" else arguments.model)
+    tokenizer = AutoTokenizer.from_pretrained(model_name(arguments.model))
     documents = [json.loads(line)["text"] for line in arguments.domain.read_text().splitlines()]
     held_out = max(len(documents) // 10, 1)
     samples = training_windows(tokenizer, documents[:-held_out], arguments.length)

@@ -15,12 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import device_and_versions
+from common import device_and_versions, model_name
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adaptq_peft  # noqa: F401  (registers the method)
-from adaptq_peft.demo.model import demo_model_folder
 from adaptq_peft.preservation.block_scales import BlockScales
 from adaptq_peft.preservation.bounds import rise_per_token, upper_bounds
 from adaptq_peft.preservation.documents import measure_documents, tokenize_documents
@@ -28,8 +27,7 @@ from adaptq_peft.preservation.documents import measure_documents, tokenize_docum
 
 def measure(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     """(summed nats of each candidate minus those of the base, [candidates, documents]; tokens, [documents])."""
-    name = PeftConfig.from_pretrained(arguments.adapter).base_model_name_or_path
-    name = str(demo_model_folder()) if arguments.model == "smollm2" else arguments.model or name
+    name = model_name(arguments.model or PeftConfig.from_pretrained(arguments.adapter).base_model_name_or_path)
     base = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype)).eval()
     tokenizer = AutoTokenizer.from_pretrained(name)
     lines = (line.strip() for line in arguments.general.read_text(encoding="utf-8").splitlines())

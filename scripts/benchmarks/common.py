@@ -49,12 +49,16 @@ def load_model(arguments: argparse.Namespace) -> nn.Module:
         torch.manual_seed(0)
         with torch.device(arguments.device):
             return LlamaForCausalLM(config).to(dtype)
-    name = arguments.model
-    if name == "smollm2":
-        from adaptq_peft.demo.model import demo_model_folder
+    return AutoModelForCausalLM.from_pretrained(model_name(arguments.model), dtype=dtype).to(arguments.device)
 
-        name = str(demo_model_folder())
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(arguments.device)
+
+def model_name(given: str) -> str:
+    """What `from_pretrained` takes for a value of `--model`: of "smollm2" the folder of the demo's model."""
+    if given != "smollm2":
+        return given
+    from adaptq_peft.demo.model import demo_model_folder
+
+    return str(demo_model_folder())
 
 
 def random_batch(model: nn.Module, samples: int, length: int) -> dict[str, torch.Tensor]:
