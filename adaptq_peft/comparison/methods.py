@@ -86,6 +86,11 @@ class Method:
         described = [self.build.__name__, self.options, self.anchor, self.accumulation, self.autocast, self.is_trained]
         return json.dumps(described, sort_keys=True)
 
+    @property
+    def untrained_adapter(self) -> str | None:
+        """Equal for ADAPTQ methods whose models are the same before training; `None` for other methods."""
+        return json.dumps(self.options, sort_keys=True) if self.build is _adaptq else None
+
 
 def method_names() -> list[str]:
     """Names of all methods, in the order of the tables."""

@@ -69,10 +69,15 @@ def estimate(
     """
     by_method: dict[str, float] = {}
     trainings = results = 0
+    prepared: set[tuple[str, int, int]] = set()
     for runs in groups:
         method, samples = runs[0].method, runs[0].samples
-        price = prices[method.training]
-        seconds = price.build + num_steps(samples, method, settings) * price.step
+        price, seconds = prices[method.training], 0.0
+        untrained = (method.untrained_adapter or str(runs[0]), samples, runs[0].seed)
+        if untrained not in prepared:
+            prepared.add(untrained)
+            seconds += price.build
+        seconds += num_steps(samples, method, settings) * price.step
         seconds += sum(_tokens(run, settings) for run in runs) * a_token
         by_method[method.name] = by_method.get(method.name, 0.0) + seconds / 3600
         trainings, results = trainings + 1, results + len(runs)

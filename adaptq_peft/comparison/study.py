@@ -30,6 +30,7 @@ from .settings import StudySettings
 from .tables import Row, show_estimate, summarize, write_tables
 from .texts import StudyTexts, demo_study_texts
 from .training import draw_samples, num_steps, results, train_run
+from .untrained import UntrainedAdapters
 
 RUNS_FOLDER = "runs"
 #: The most that a method looks at when it prepares a model (`AdaptQConfig.calibration_samples`).
@@ -109,6 +110,7 @@ class _Study:
         self.methods = resolve_methods(self.settings.methods)
         self.windows = training_windows(tokenizer, self.texts.domain_train, self.settings.length)
         draw_samples(self.windows, max(self.settings.samples), 0)  # an error about too little text comes early
+        self.untrained = UntrainedAdapters()
         self.measurements = Measurements(load, tokenizer, self.texts, self.settings)
         identity = {
             "model": self.model or "SmolLM2-135M-Instruct",
@@ -197,6 +199,7 @@ class _Study:
                     self.measurements,
                     self.settings,
                     lambda step, loss: update(step, steps, f"loss {loss:.3f}"),
+                    self.untrained,
                 )
                 for run, record in results(trained, runs, self.load, self.measurements, self.settings):
                     self.store.save(run, record)
@@ -212,7 +215,7 @@ class _Study:
         known = self.store.timed(run.method)
         if known is None:
             short = run._replace(samples=min(run.samples, PROFILED_SAMPLES))
-            arguments = (self.load, self.windows, self.measurements, self.settings, _nothing)
+            arguments = (self.load, self.windows, self.measurements, self.settings, _nothing, self.untrained)
             with self.console.status(f"Timing {run.method.name}"):
                 known = train_run(short, *arguments, steps=2).seconds
         return Price(known["build"], known.get("step", 0.0))

@@ -22,6 +22,7 @@ from .measure import Load, Measurements, finite, report_figures, training_memory
 from .methods import Inputs, Method, quantize_lower_blocks
 from .records import Record, Run
 from .settings import StudySettings
+from .untrained import UntrainedAdapters
 
 Windows = list[dict[str, torch.Tensor]]
 #: "the same half" of `lora-quantize`, as in `quantize-lora` and ADAPT-Q-50.
@@ -80,6 +81,7 @@ def train_run(
     measurements: Measurements,
     settings: StudySettings,
     on_step: StepReport,
+    untrained: UntrainedAdapters,
     steps: int | None = None,
 ) -> Trained:
     """Prepare and train a model.
@@ -91,6 +93,7 @@ def train_run(
         measurements: of the study; has what the anchor needs.
         settings: of the study.
         on_step: called after each step.
+        untrained: of the study; prepares the model.
         steps: `None`: all steps of the run.
     """
     set_seed(run.seed)
@@ -98,11 +101,10 @@ def train_run(
     answers = _answers(run.method, measurements)
     base = load()
     autocast = base.dtype if run.method.autocast and base.dtype != torch.float32 else None
-    start = time.perf_counter()
     lists = [{"input_ids": sample["input_ids"].tolist()} for sample in samples]
     inputs = Inputs(lists, measurements.general_samples if samples else [], run.seed)
-    model = run.method.build(base, inputs, **run.method.options)
-    trained = Trained(model, training_memory(model), [], {"build": time.perf_counter() - start})
+    model, seconds = untrained.prepare(run, base, inputs)
+    trained = Trained(model, training_memory(model), [], {"build": seconds})
     steps = num_steps(run.samples, run.method, settings) if steps is None else steps
     if steps and run.method.is_trained:
         timer = _StepTimer()

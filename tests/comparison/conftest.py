@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adaptq_peft.comparison import StudySettings, StudyTexts
 from adaptq_peft.comparison import study as study_module
 from adaptq_peft.comparison.measure import Measurements
+from adaptq_peft.comparison.untrained import UntrainedAdapters
 from adaptq_peft.demo.training import training_windows
 
 TINY = {
@@ -65,6 +66,11 @@ def load(checkpoint):
 def measurements(load, tokenizer, texts):
     """One for all tests: the base is asked once."""
     return Measurements(load, tokenizer, texts, StudySettings(**TINY))
+
+
+@pytest.fixture
+def untrained():
+    return UntrainedAdapters()
 
 
 @pytest.fixture(scope="session")

@@ -26,11 +26,11 @@ def run_of(name: str, rate: float = 1e-3) -> Run:
 
 
 @pytest.fixture
-def trained(load, windows, measurements, settings):
+def trained(load, windows, measurements, settings, untrained):
     """`trained(run)`: the model after two steps, and its record."""
 
     def train(run, **changes):
-        arguments = (load, windows, measurements, settings(**changes), lambda step, loss: None)
+        arguments = (load, windows, measurements, settings(**changes), lambda step, loss: None, untrained)
         model = train_run(run, *arguments, steps=2)
         ((_, record),) = results(model, [run], load, measurements, settings(**changes))
         return record
@@ -55,14 +55,15 @@ def test_each_main_method_trains_and_is_measured(name, trained):
 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.bfloat16), (torch.float32, None)])
 def test_full_fine_tuning_computes_in_the_dtype_of_the_base(
-    load, dtype, expected, windows, measurements, settings, monkeypatch
+    load, dtype, expected, windows, measurements, settings, untrained, monkeypatch
 ):
     seen = {}
     monkeypatch.setattr(
         training, "train", lambda model, samples, **options: seen.update(options, model=model) or [1.0]
     )
     monkeypatch.setattr(training, "_StepTimer", lambda: SimpleNamespace(seconds=[1.0]))
-    train_run(run_of("full"), lambda: load().to(dtype), windows, measurements, settings(), lambda step, loss: None)
+    arguments = (windows, measurements, settings(), lambda step, loss: None, untrained)
+    train_run(run_of("full"), lambda: load().to(dtype), *arguments)
     assert seen["autocast"] == expected
     assert {p.dtype for p in seen["model"].parameters()} == {torch.float32}
 
@@ -84,8 +85,8 @@ def test_quantizing_after_training_compares_with_the_untrained_base_in_the_same_
     assert after["adapted"] != after["quantized"]
 
 
-def test_diverged_training_is_recorded_not_raised(load, windows, measurements, settings):
-    run, arguments = run_of("lora"), (load, windows, measurements, settings(), lambda step, loss: None)
+def test_diverged_training_is_recorded_not_raised(load, windows, measurements, settings, untrained):
+    run, arguments = run_of("lora"), (load, windows, measurements, settings(), lambda step, loss: None, untrained)
     trained = train_run(run, *arguments, steps=1)
     next(p for p in trained.model.parameters() if p.requires_grad).data.fill_(float("nan"))
     ((_, measured),) = results(trained, [run], load, measurements, settings())

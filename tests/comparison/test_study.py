@@ -171,6 +171,15 @@ def test_estimate_adds_up_builds_steps_tokens_and_budgets():
     assert (found.trainings, found.runs) == (1, 2)
 
 
+def test_estimate_counts_one_preparation_for_all_rates_of_an_adaptq_method():
+    settings = StudySettings(epochs=1, batch_size=8, evaluation_tokens=2, validation_tokens=2)
+    for name, builds in (("adaptq-50", 2), ("lora", 4)):
+        (method,) = resolve_methods([name])
+        groups = [[Run(method, 8, rate, seed)] for rate in (1e-4, 2e-4) for seed in (0, 1)]
+        found = estimate(groups, {method.training: Price(build=5.0, step=2.0)}, 0.0, settings)
+        assert found.hours * 3600 == pytest.approx(builds * 5.0 + 4 * 2.0)
+
+
 def test_steps_count_epochs_batches_and_accumulation():
     settings = StudySettings(epochs=3, batch_size=8)
     lora, paper, vanilla = (resolve_methods([name])[0] for name in ("lora", "lora-paper", "vanilla"))
