@@ -207,7 +207,7 @@ def compare(
     methods: Annotated[str, typer.Option(help="Names or groups: main, selection, ratio, precision, all.")] = "main",
     samples: Annotated[str, typer.Option(help="Training-set sizes, such as 50,500,2000.")] = "500",
     seeds: Annotated[str, typer.Option(help="Seeds; rates are searched with the first.")] = "0",
-    rates: Annotated[str, typer.Option(help="Learning rates that each method tries.")] = "5e-5,1e-4,2e-4,4e-4",
+    rates: Annotated[str, typer.Option(help="Learning rates that each method tries.")] = "1e-4,2e-4,4e-4,8e-4",
     scales: Annotated[str, typer.Option(help="Factors on the trained change to measure, too, such as 0.5.")] = "",
     epochs: Annotated[int, typer.Option(help="Passes over the samples.")] = 3,
     batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 8,

@@ -148,11 +148,14 @@ def _adaptq_main() -> Iterator[Method]:
     name, title = "adaptq-50-mixed-anchor", "ADAPT-Q-50 mixed rank + anchor"
     yield Method(name, title, _adaptq, mixed, anchor="general")
     yield Method(f"{name}-budget", f"{title} + budget", _adaptq, mixed, anchor="general", finish="budget")
-    yield Method(f"{name}-written", f"{title} on the base's own text", _adaptq, mixed, anchor="written")
-    calibrated = adaptq_options(frozen_rank=8, quantization_calibration="auto")
-    name, title = "adaptq-50-calibrated-mixed-anchor", "ADAPT-Q-50 calibrated, mixed rank + anchor"
-    yield Method(name, title, _adaptq, calibrated, anchor="general")
-    yield Method(f"{name}-budget", f"{title} + budget", _adaptq, calibrated, anchor="general", finish="budget")
+    recipe = adaptq_options(
+        selection_strategy="update", quantization_calibration="auto", frozen_rank=8, delta_scaling=0.125
+    )
+    name, title = "adaptq-recipe", "ADAPT-Q, the recipe"
+    yield Method(name, title, _adaptq, recipe, anchor="general")
+    yield Method(f"{name}-budget", f"{title} + budget", _adaptq, recipe, anchor="general", finish="budget")
+    yield Method(f"{name}-unanchored", f"{title} without anchor", _adaptq, recipe)
+    yield Method(f"{name}-written", f"{title}, anchored on the base's own text", _adaptq, recipe, anchor="written")
 
 
 def _ablations() -> Iterator[Method]:

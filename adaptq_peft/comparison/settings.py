@@ -44,7 +44,7 @@ class StudySettings:
     methods: tuple[str, ...] = ("main",)
     samples: tuple[int, ...] = (500,)
     seeds: tuple[int, ...] = (0,)
-    rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 4e-4)
+    rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4, 8e-4)
     epochs: int = 3
     batch_size: int = 8
     length: int = 128
