@@ -33,8 +33,6 @@ from .training import draw_samples, num_steps, results, train_run
 from .untrained import UntrainedAdapters
 
 RUNS_FOLDER = "runs"
-#: The most that a method looks at when it prepares a model (`AdaptQConfig.calibration_samples`).
-PROFILED_SAMPLES = 100
 
 
 class StudyError(RuntimeError):
@@ -214,10 +212,9 @@ class _Study:
         """Seconds of a kind of training: from a finished run of it, else timed on two steps."""
         known = self.store.timed(run.method)
         if known is None:
-            short = run._replace(samples=min(run.samples, PROFILED_SAMPLES))
             arguments = (self.load, self.windows, self.measurements, self.settings, _nothing, self.untrained)
             with self.console.status(f"Timing {run.method.name}"):
-                known = train_run(short, *arguments, steps=2).seconds
+                known = train_run(run, *arguments, steps=2).seconds
         return Price(known["build"], known.get("step", 0.0))
 
 
