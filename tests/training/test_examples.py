@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-import adaptq_peft  # noqa: F401  registers ADAPTQ
+from adaptq_peft import AdaptQConfig
 
 EXAMPLES = Path(__file__).parents[2] / "scripts" / "examples"
 
@@ -52,6 +52,18 @@ def test_trainer_and_resume(model_folder, data, tmp_path):
     run("train_with_trainer.py", *options, "--steps", "3", "--resume")
     state = json.loads((tmp_path / "adapter" / "checkpoint-3" / "trainer_state.json").read_text(encoding="utf-8"))
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3]
+
+
+def test_recipe_saves_an_adapter_that_holds_a_budget(model_folder, data, texts, tmp_path):
+    general = tmp_path / "general.txt"
+    general.write_text("\n".join(text.replace("treaty", "harvest") for text in texts), encoding="utf-8")
+    options = ("--model", model_folder, "--data", data, "--output", tmp_path / "adapter")
+    shown = run("learn_and_keep.py", *options, "--general", general, "--budget", "0.5")
+    assert_trained(model_folder, tmp_path / "adapter")
+    config = AdaptQConfig.from_pretrained(tmp_path / "adapter")
+    assert (config.selection_strategy, config.quantization_calibration) == ("update", "auto")
+    assert config.certificate["budget"] == 0.5
+    assert "Budget +50.0%: held" in shown
 
 
 def test_sft_trainer(model_folder, texts, tmp_path):
