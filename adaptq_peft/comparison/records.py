@@ -72,6 +72,16 @@ class RunStore:
         read = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.folder.glob("*.json"))]
         return [r for r in read if all(r["depends_on"].get(name) == value for name, value in self.identity.items())]
 
+    def searched(self, method: Method, samples: int, seed: int) -> list[Record]:
+        """What a method gave with each learning rate that has been tried, by rate, in whichever call."""
+        tried = [
+            record
+            for record in self.records()
+            if (record["samples"], record["seed"]) == (samples, seed)
+            and self._digest(Run(method, samples, record["rate"], seed)) == _digest(record["depends_on"])
+        ]
+        return sorted(tried, key=lambda record: record["rate"])
+
     def timed(self, method: Method) -> dict[str, float] | None:
         """The seconds of the parts of some finished run that trained as a method does, or `None`."""
         training = json.loads(method.training)
@@ -93,8 +103,11 @@ class RunStore:
         return {**self.identity, **method, "samples": run.samples, "rate": run.rate, "seed": run.seed}
 
     def _digest(self, run: Run) -> str:
-        text = json.dumps(self._depends_on(run), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:10]
+        return _digest(self._depends_on(run))
+
+
+def _digest(depends_on: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def choose_rate(records: Sequence[Record]) -> float:

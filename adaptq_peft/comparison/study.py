@@ -133,11 +133,13 @@ class _Study:
                     yield self._run(method, samples, rate, seed)
 
     def chosen_rate(self, method: Method, samples: int) -> float | None:
-        """The rate with the best validation perplexity; `None` while the search is not done."""
-        runs = [self._run(method, samples, rate, self.settings.seeds[0]) for rate in method.rates(self.settings.rates)]
-        records = [self.store.find(run) for run in runs]
-        found = [record for record in records if record is not None]
-        return choose_rate(found) if len(found) == len(runs) else None
+        """The rate with the best validation perplexity of all that were tried; `None` while the search is not done."""
+        rates = method.rates(self.settings.rates) if method in self.methods else ()
+        if any(self.store.find(self._run(method, samples, rate, self.settings.seeds[0])) is None for rate in rates):
+            return None
+        run = self._run(method, samples, 0.0, self.settings.seeds[0])
+        found = self.store.searched(method, run.samples, run.seed)
+        return choose_rate(found) if found else None
 
     def missing(self) -> Iterator[list[Run]]:
         """Groups of runs that share a training and have not finished; rates to be chosen stand in as the first."""

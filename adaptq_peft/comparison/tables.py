@@ -100,7 +100,7 @@ def summarize(
 
     Args:
         store: the finished runs.
-        settings: the rates, and the first seed, that the search was made with.
+        settings: the first seed, that the search was made with.
         chosen_rate: gives the chosen rate, or `None` while the search is not done.
     """
     records = store.records()
@@ -113,8 +113,8 @@ def summarize(
             if rate is not None:
                 seeds_of = seeds if method.is_trained else [0]
                 found = [store.find(Run(method, samples, rate, seed)) for seed in seeds_of]
-                search = [store.find(Run(method, samples, r, seeds_of[0])) for r in method.rates(settings.rates)]
-                rows.append(_row(method, samples, rate, [r for r in found if r], [r for r in search if r]))
+                search = store.searched(method, samples, seeds_of[0])
+                rows.append(_row(method, samples, rate, [r for r in found if r], search))
     return rows
 
 

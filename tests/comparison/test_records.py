@@ -50,6 +50,16 @@ def test_same_method_under_another_name_is_found(store):
     assert store.find(run_of("select-activation"))["losses"] == [2.0]
 
 
+def test_search_has_all_rates_of_the_method_the_size_and_the_seed(store):
+    for other in (run_of("lora-qv"), run_of(samples=9), run_of(seed=1), run_of("lora-quantize")):
+        store.save(other, {})
+    for rate in (2e-3, 1e-3):
+        store.save(run_of("adaptq-50", rate=rate), {"losses": [rate]})
+    (method,) = resolve_methods(["ratio-50"])  # the same one
+    assert [record["losses"] for record in store.searched(method, 8, 0)] == [[1e-3], [2e-3]]
+    assert store.searched(method, 8, 1) == []
+
+
 def test_run_killed_while_it_is_written_leaves_nothing_that_is_found(store, monkeypatch):
     def killed(source, target):
         raise KeyboardInterrupt

@@ -134,6 +134,24 @@ def test_another_call_adds_to_the_tables(fake, study, tmp_path):
     assert front.read_bytes().startswith(PNG_SIGNATURE)
 
 
+def test_rates_of_another_call_count_in_the_search(fake, study):
+    study(methods=("lora",), rates=(1e-3, 2e-3))
+    (row,) = study(methods=("lora",), rates=(4e-3,), seeds=(0, 1))
+    assert fake.ran[-1] == "lora, N=8, rate 0.001, seed 1"  # the best on validation of all three
+    assert [point.rate for point in row.points if point.scale == 1] == [1e-3, 2e-3, 4e-3]
+    assert (row.rate, row.at_edge) == (1e-3, True)
+
+
+def test_method_is_no_row_while_its_search_goes_on(fake, study, tmp_path):
+    fake.stop_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        study(methods=("lora",))
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == []
+    fake.stop_at = None
+    (row,) = study(methods=("qlora",), rates=(5e-3,))[:1]  # another call shows what was tried
+    assert (row.method, len(row.points)) == ("lora", 2)
+
+
 def test_methods_that_share_a_training_are_trained_once(fake, study):
     study(methods=("lora", "lora-quantize", "adaptq-50", "select-activation"), rates=(1e-3,))
     assert fake.timed == fake.trained == ["lora, N=8, rate 0.001, seed 0", "adaptq-50, N=8, rate 0.001, seed 0"]
