@@ -59,15 +59,16 @@ def _styles(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _draw(axes: Axes, title: str, rows: Sequence[Row], styles: dict[str, dict[str, Any]]) -> None:
-    """One curve a method over learning rates, a dashed one over scales, and the chosen rate with its spread."""
+    """One curve a method over learning rates, a dotted one over scales from each, the chosen rate with its spread."""
     for row in rows:
         style = styles[row.method]
         full = [point for point in row.points if point.scale == 1 and point.domain is not None]
         axes.plot(*_percents(full), linewidth=1, markersize=4, label=row.title, **style)
-        chosen = [point for point in row.points if point.rate == row.rate and point.domain is not None]
-        chosen.sort(key=lambda point: point.scale)
-        if len(chosen) > 1:
-            axes.plot(*_percents(chosen), linewidth=1, linestyle=":", markersize=3, **style)
+        for rate in {point.rate for point in full}:
+            scaled = [point for point in row.points if point.rate == rate and point.domain is not None]
+            scaled.sort(key=lambda point: point.scale)
+            if len(scaled) > 1:
+                axes.plot(*_percents(scaled), linewidth=1, linestyle=":", markersize=3, **style)
         if row.figures:
             change, loss = row.figures["domain_change"], row.figures["degradation"]
             spread: dict[str, Any] = {"xerr": 100 * (change.deviation or 0), "yerr": 100 * (loss.deviation or 0)}
