@@ -69,15 +69,14 @@ def estimate(
     """
     by_method: dict[str, float] = {}
     trainings = results = 0
-    prepared: set[tuple[str, int, int]] = set()
+    prepared: set[tuple[str, int, int] | None] = set()
     for runs in groups:
-        method, samples = runs[0].method, runs[0].samples
-        price, seconds = prices[method.training], 0.0
-        untrained = (method.untrained_adapter or str(runs[0]), samples, runs[0].seed)
-        if untrained not in prepared:
-            prepared.add(untrained)
+        method, untrained = runs[0].method, runs[0].untrained
+        price = prices[method.training]
+        seconds = num_steps(runs[0].samples, method, settings) * price.step
+        if untrained is None or untrained not in prepared:
             seconds += price.build
-        seconds += num_steps(samples, method, settings) * price.step
+            prepared.add(untrained)
         seconds += sum(_tokens(run, settings) for run in runs) * a_token
         by_method[method.name] = by_method.get(method.name, 0.0) + seconds / 3600
         trainings, results = trainings + 1, results + len(runs)

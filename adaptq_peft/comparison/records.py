@@ -41,6 +41,12 @@ class Run(NamedTuple):
         """Equal for runs that share one training."""
         return self.method.training, self.samples, self.rate, self.seed
 
+    @property
+    def untrained(self) -> tuple[str, int, int] | None:
+        """Equal for runs whose ADAPTQ adapters are the same before training; `None` for other methods."""
+        adapter = self.method.untrained_adapter
+        return None if adapter is None else (adapter, self.samples, self.seed)
+
     def __str__(self) -> str:
         return f"{self.method.name}, N={self.samples}, rate {self.rate:g}, seed {self.seed}"
 
@@ -74,12 +80,8 @@ class RunStore:
 
     def searched(self, method: Method, samples: int, seed: int) -> list[Record]:
         """What a method gave with each learning rate that has been tried, by rate, in whichever call."""
-        tried = [
-            record
-            for record in self.records()
-            if (record["samples"], record["seed"]) == (samples, seed)
-            and self._digest(Run(method, samples, record["rate"], seed)) == _digest(record["depends_on"])
-        ]
+        alike = self._depends_on(Run(method, samples, 0.0, seed))
+        tried = [record for record in self.records() if {**record["depends_on"], "rate": 0.0} == alike]
         return sorted(tried, key=lambda record: record["rate"])
 
     def timed(self, method: Method) -> dict[str, float] | None:
@@ -103,11 +105,8 @@ class RunStore:
         return {**self.identity, **method, "samples": run.samples, "rate": run.rate, "seed": run.seed}
 
     def _digest(self, run: Run) -> str:
-        return _digest(self._depends_on(run))
-
-
-def _digest(depends_on: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:10]
+        text = json.dumps(self._depends_on(run), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def choose_rate(records: Sequence[Record]) -> float:

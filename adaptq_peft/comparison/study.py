@@ -134,12 +134,15 @@ class _Study:
 
     def chosen_rate(self, method: Method, samples: int) -> float | None:
         """The rate with the best validation perplexity of all that were tried; `None` while the search is not done."""
-        rates = method.rates(self.settings.rates) if method in self.methods else ()
-        if any(self.store.find(self._run(method, samples, rate, self.settings.seeds[0])) is None for rate in rates):
-            return None
+        search = self.search(method, samples)
+        return choose_rate(search) if search else None
+
+    def search(self, method: Method, samples: int) -> list[Record]:
+        """What all rates gave that a method was tried with; empty while those of this call are not done."""
         run = self._run(method, samples, 0.0, self.settings.seeds[0])
         found = self.store.searched(method, run.samples, run.seed)
-        return choose_rate(found) if found else None
+        asked = method.rates(self.settings.rates) if method in self.methods else ()
+        return found if {record["rate"] for record in found}.issuperset(asked) else []
 
     def missing(self) -> Iterator[list[Run]]:
         """Groups of runs that share a training and have not finished; rates to be chosen stand in as the first."""
@@ -170,7 +173,7 @@ class _Study:
 
     def report(self) -> list[Row]:
         """Write the tables of all finished runs in the folder with this model, these texts and these settings."""
-        rows = summarize(self.store, self.settings, self.chosen_rate)
+        rows = summarize(self.store, self.search)
         about = {**self.store.identity, "environment": _environment(), "training_samples": len(self.windows)}
         write_tables(self.settings.output_dir, rows, about)
         return rows

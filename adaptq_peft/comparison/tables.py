@@ -14,8 +14,7 @@ from rich.table import Table
 
 from .methods import Method, resolve_methods
 from .price import Estimate
-from .records import Record, Run, RunStore
-from .settings import StudySettings
+from .records import Record, Run, RunStore, choose_rate
 
 #: The method that each ablation varies is repeated in its table.
 REFERENCE = "adaptq-50"
@@ -93,28 +92,24 @@ class Row:
     points: tuple[Point, ...]
 
 
-def summarize(
-    store: RunStore, settings: StudySettings, chosen_rate: Callable[[Method, int], float | None]
-) -> list[Row]:
+def summarize(store: RunStore, search: Callable[[Method, int], list[Record]]) -> list[Row]:
     """A row for each method and size whose search is done, in the order of the methods; all in the store count.
 
     Args:
         store: the finished runs.
-        settings: the first seed, that the search was made with.
-        chosen_rate: gives the chosen rate, or `None` while the search is not done.
+        search: gives what each rate gave that a method was tried with, by rate; nothing while the search is not done.
     """
     records = store.records()
     sizes = sorted({record["samples"] for record in records} - {0})
-    seeds = sorted({record["seed"] for record in records}, key=lambda seed: (seed != settings.seeds[0], seed))
+    seeds = sorted({record["seed"] for record in records})
     rows = []
     for method in resolve_methods(["all"]):
         for samples in sizes if method.is_trained else [0]:
-            rate = chosen_rate(method, samples)
-            if rate is not None:
-                seeds_of = seeds if method.is_trained else [0]
+            tried = search(method, samples)
+            if tried:
+                rate, seeds_of = choose_rate(tried), seeds if method.is_trained else [0]
                 found = [store.find(Run(method, samples, rate, seed)) for seed in seeds_of]
-                search = store.searched(method, samples, seeds_of[0])
-                rows.append(_row(method, samples, rate, [r for r in found if r], search))
+                rows.append(_row(method, samples, rate, [r for r in found if r], tried))
     return rows
 
 
@@ -179,7 +174,7 @@ def _row(method: Method, samples: int, rate: float, found: list[Record], search:
         num_seeds=len(found),
         figures=_figures(done),
         upper_bound=max(bounds) if bounds and None not in bounds else None,
-        memory=found[0]["memory"],
+        memory=search[0]["memory"],
         feasible=sum(feasible) if feasible else None,
         failures=len(found) - len(done),
         points=tuple(point for record in search for point in _points(record)),

@@ -23,7 +23,7 @@ class UntrainedAdapters:
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="adaptq-compare-")
-        self._made_for: tuple[str | None, int, int] | None = None
+        self._made_for: tuple[str, int, int] | None = None
         self._seconds = 0.0
 
     def prepare(self, run: Run, base: PreTrainedModel, inputs: Inputs) -> tuple[nn.Module, float]:
@@ -34,15 +34,14 @@ class UntrainedAdapters:
             base: the 16-bit base; it is changed.
             inputs: what the method may look at; the same for all runs with this size and seed.
         """
-        wanted = run.method.untrained_adapter, run.samples, run.seed
-        if wanted == self._made_for:
+        if run.untrained is not None and run.untrained == self._made_for:
             return PeftModel.from_pretrained(base, self._folder.name, is_trainable=True), self._seconds
         start = time.perf_counter()
         model = run.method.build(base, inputs, **run.method.options)
         seconds = time.perf_counter() - start
-        if run.method.untrained_adapter is not None:
+        if run.untrained is not None:
             assert isinstance(model, PeftModel)
             self._made_for = None  # what lies there while it is written is nobody's
             model.save_pretrained(self._folder.name)
-            self._made_for, self._seconds = wanted, seconds
+            self._made_for, self._seconds = run.untrained, seconds
         return model, seconds

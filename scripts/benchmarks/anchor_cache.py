@@ -32,9 +32,8 @@ def parse() -> argparse.Namespace:
 
 
 def windows(arguments: argparse.Namespace) -> list[Tensor]:
-    ids = AutoTokenizer.from_pretrained(model_name(arguments.model))(arguments.texts.read_text(), verbose=False)[
-        "input_ids"
-    ]
+    tokenizer = AutoTokenizer.from_pretrained(model_name(arguments.model))
+    ids = tokenizer(arguments.texts.read_text(), verbose=False)["input_ids"]
     return list(torch.tensor(ids[: arguments.tokens]).split(arguments.length))
 
 

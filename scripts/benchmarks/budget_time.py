@@ -8,14 +8,11 @@ The base's losses on the documents are timed apart: a `BaseReference` has them o
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
-import torch
-from common import device_and_versions, model_name
-from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from common import device_and_versions, load_base_of_adapter, make_adapter_parser
+from peft import PeftModel
 
 import adaptq_peft  # noqa: F401  (registers the method)
 from adaptq_peft.comparison.texts import cut_documents, read_documents
@@ -24,30 +21,21 @@ from adaptq_peft.preservation.budget import FAMILIES
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("adapter", help="folder of an ADAPTQ or LoRA adapter")
+    parser = make_adapter_parser(__doc__.splitlines()[0])
     parser.add_argument("--general", type=Path, required=True, help="general documents: .txt, .json or .jsonl")
     parser.add_argument("--domain", type=Path, required=True, help="domain documents, not trained on")
-    parser.add_argument("--model", help="its base, if it is not where the adapter says; 'smollm2' is the demo's model")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--documents", type=int, default=64, help="of each text")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of a document on average")
     parser.add_argument("--budget", type=float, default=0.02)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     arguments = parser.parse_args()
-    name = model_name(arguments.model or PeftConfig.from_pretrained(arguments.adapter).base_model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    texts = [
-        cut_documents(tokenizer, read_documents(path)[: arguments.documents], arguments.documents * arguments.tokens)
-        for path in (arguments.general, arguments.domain)
-    ]
+    chosen = [read_documents(path)[: arguments.documents] for path in (arguments.general, arguments.domain)]
     print(device_and_versions())
     print("| family | documents | base, s | fit, s | general | at most | domain | holds |")
     print("|---|---|---|---|---|---|---|---|")
     for family in arguments.families:
-        base = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype)).eval()
+        base, tokenizer = load_base_of_adapter(arguments)
+        texts = [cut_documents(tokenizer, documents, arguments.documents * arguments.tokens) for documents in chosen]
         start = time.perf_counter()
         reference = BaseReference.of(base, *texts, tokenizer=tokenizer)
         asked = time.perf_counter()

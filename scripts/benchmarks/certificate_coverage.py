@@ -14,10 +14,8 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
-from common import device_and_versions, model_name
-from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from common import device_and_versions, load_base_of_adapter, make_adapter_parser
+from peft import PeftModel
 
 import adaptq_peft  # noqa: F401  (registers the method)
 from adaptq_peft.preservation.block_scales import BlockScales
@@ -27,9 +25,7 @@ from adaptq_peft.preservation.documents import measure_documents, tokenize_docum
 
 def measure(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     """(summed nats of each candidate minus those of the base, [candidates, documents]; tokens, [documents])."""
-    name = model_name(arguments.model or PeftConfig.from_pretrained(arguments.adapter).base_model_name_or_path)
-    base = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype)).eval()
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    base, tokenizer = load_base_of_adapter(arguments)
     lines = (line.strip() for line in arguments.general.read_text(encoding="utf-8").splitlines())
     texts = [line for line in lines if len(tokenizer(line, verbose=False)["input_ids"]) >= arguments.tokens]
     documents = tokenize_documents(tokenizer, texts, max_length=arguments.tokens, max_tokens=arguments.tokens)
@@ -43,13 +39,8 @@ def measure(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("adapter", help="folder of an ADAPTQ or LoRA adapter")
+    parser = make_adapter_parser(__doc__.splitlines()[0])
     parser.add_argument("--general", type=Path, required=True, help="a .txt file with a paragraph in each line")
-    parser.add_argument("--model", help="its base, if it is not where the adapter says; 'smollm2' is the demo's model")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--tokens", type=int, default=128, help="tokens of a document")
     parser.add_argument("--documents", type=int, nargs="+", default=[16, 32, 64], help="documents in a draw")
     parser.add_argument("--draws", type=int, default=1000)

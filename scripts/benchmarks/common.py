@@ -13,8 +13,15 @@ from pathlib import Path
 
 import torch
 import transformers
+from peft import PeftConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -59,6 +66,22 @@ def model_name(given: str) -> str:
     from adaptq_peft.demo.model import demo_model_folder
 
     return str(demo_model_folder())
+
+
+def make_adapter_parser(description: str) -> argparse.ArgumentParser:
+    """Options of the benchmarks that take a trained adapter: which, on which base, in which dtype."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("adapter", help="folder of an ADAPTQ or LoRA adapter")
+    parser.add_argument("--model", help="its base, if it is not where the adapter says; 'smollm2' is the demo's model")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    return parser
+
+
+def load_base_of_adapter(arguments: argparse.Namespace) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The base that the options of `make_adapter_parser` name, and its tokenizer."""
+    name = model_name(arguments.model or PeftConfig.from_pretrained(arguments.adapter).base_model_name_or_path)
+    base = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype))
+    return base.eval(), AutoTokenizer.from_pretrained(name)
 
 
 def random_batch(model: nn.Module, samples: int, length: int) -> dict[str, torch.Tensor]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from adaptq_peft.comparison import methods
 from adaptq_peft.comparison.methods import resolve_methods
 from adaptq_peft.comparison.records import Run
 from adaptq_peft.comparison.training import train_run
+from adaptq_peft.comparison.untrained import UntrainedAdapters
 
 pytestmark = pytest.mark.filterwarnings("ignore:Profiled")
 
@@ -27,8 +29,6 @@ def train(load, windows, measurements, settings, untrained):
 @pytest.fixture
 def builds(monkeypatch):
     """How often a model with an ADAPTQ adapter was prepared."""
-    from adaptq_peft.comparison import methods
-
     made, original = [], methods.get_peft_model
     monkeypatch.setattr(methods, "get_peft_model", lambda *arguments: made.append(1) or original(*arguments))
     return made
@@ -36,8 +36,6 @@ def builds(monkeypatch):
 
 @pytest.mark.parametrize("name", ["adaptq-50-mixed", "frozen-nf4-calibrated"])
 def test_second_learning_rate_trains_as_if_it_had_been_prepared_anew(name, train, builds):
-    from adaptq_peft.comparison.untrained import UntrainedAdapters
-
     train(name, rate=5e-3)
     shared = train(name, rate=1e-3)
     assert len(builds) == 1
