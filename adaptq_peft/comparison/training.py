@@ -133,23 +133,24 @@ def results(
     """Finish and measure a trained model as each of the runs that share its training asks.
 
     Args:
-        trained: the model. A finish changes it for good.
-        runs: those without a finish come first, and only the last may have one.
+        trained: the model. The last finish changes it for good.
+        runs: in any order; they are finished in that of `_FINISHES`.
         load, measurements, settings: of the study.
     """
-    ordered = sorted(runs, key=lambda run: bool(run.method.finish))
-    if sum(bool(run.method.finish) for run in ordered) > 1:
-        raise ValueError(f"only one of the methods that share a training can change the model: {list(map(str, runs))}")
+    ordered = sorted(runs, key=lambda run: list(_FINISHES).index(run.method.finish))
     for run in ordered:
         if not all(map(math.isfinite, trained.losses)):
             yield run, {**_about(trained), **_DIVERGED}
             continue
+        kept = _copies(trained.model) if run.method.finish and run is not ordered[-1] else {}
         with trained.timed("finish"):
             model, untrained, about = _FINISHES[run.method.finish](trained.model, load, measurements, settings)
         with trained.timed("evaluation"):
             record = _measure(model, untrained, measurements)
         if not run.method.finish:
             record["scaled"] = measurements.scaled(model)
+        for parameter, value in kept.items():
+            parameter.data.copy_(value)
         yield run, {**_about(trained), "finish": about, **record}
 
 
@@ -165,6 +166,10 @@ def _measure(model: nn.Module, untrained: nn.Module | None, measurements: Measur
     if report is None:
         return dict(_DIVERGED)
     return {"validation": measurements.validation(model), "test": report_figures(report), "failure": None}
+
+
+def _copies(model: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
+    return {parameter: parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad}
 
 
 def _about(trained: Trained) -> Record:
@@ -196,6 +201,7 @@ def _merge_and_quantize(model: Any, load: Load, measurements: Measurements, sett
     return merged, untrained, {}
 
 
+#: In the order in which the methods of one training are finished: merging takes the adapter away.
 _FINISHES: dict[str, Callable[..., Finished]] = {
     "": _as_it_is,
     "budget": _hold_to_budget,

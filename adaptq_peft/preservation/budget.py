@@ -205,7 +205,7 @@ def _way_out(general: TextComparison, budget: float) -> str:
             f"The mean is within the budget, but {len(general.base.nll)} documents are too few to show it with this "
             "confidence. Pass more general documents. The adapter was left as it was."
         )
-    if general.quantization > budget:
+    if general.quantization > max(budget, 0):
         return (
             f"Quantizing alone costs {general.quantization:+.1%}, which no scale takes back. Quantize fewer blocks (a "
             'higher selection_ratio) or less (quantization="int8" or "none"), or train with an anchor on general '

@@ -125,11 +125,19 @@ def test_methods_that_are_the_same_share_their_training():
     assert trainings["lora"] != trainings["lora-qv"]
 
 
-def test_only_one_method_of_a_training_changes_the_model():
-    finishes: dict[str, set[str]] = {}
-    for method in resolve_methods(["all"]):
-        finishes.setdefault(method.training, set()).add(method.finish)
-    assert all(len(found - {""}) <= 1 for found in finishes.values())
+def test_methods_of_one_training_do_not_see_each_others_changes(load, windows, measurements, settings, untrained):
+    runs = [run_of(name, rate=0.05) for name in ("lora-quantize", "lora-budget", "lora")]
+    arguments = (load, windows, measurements, settings(budget=0.0), lambda step, loss: None, untrained)
+
+    def finished(asked):
+        trained = train_run(runs[0], *arguments, steps=4)
+        return {str(run): record["test"] for run, record in results(trained, asked, load, measurements, arguments[3])}
+
+    together = finished(runs)
+    assert list(together) == [str(run) for run in reversed(runs)]
+    assert together == {name: test for run in runs for name, test in finished([run]).items()}
+    plain, budget, quantized = (test["general"]["adapted"] for test in together.values())
+    assert budget != plain != quantized
 
 
 def test_written_out_options_are_the_defaults_of_the_config():

@@ -154,6 +154,11 @@ def test_if_no_setting_holds_the_budget_the_adapter_is_left_and_the_way_out_name
     assert report.upper_bound > -0.9
 
 
+def test_quantizing_is_not_blamed_where_it_cost_nothing(adapt, general, domain, tokenizer):
+    report = fit_to_budget(adapt(std=0.3, quantization="none"), general, domain, -0.9, tokenizer=tokenizer)
+    assert report.note.startswith("Train anew with a lower rate")
+
+
 def test_what_is_missing_is_named(adapt, load, general, domain, tokenizer):
     with pytest.raises(ValueError, match="there is no domain text to keep the gain on"):
         fit_to_budget(adapt(), general, tokenizer=tokenizer)
