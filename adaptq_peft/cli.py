@@ -216,6 +216,7 @@ def compare(
     validation_tokens: Annotated[int, typer.Option(help="Tokens of each validation text.")] = 10_000,
     budget: Annotated[float, typer.Option(help="Degradation that methods with a budget may reach.")] = 0.02,
     dtype: Annotated[str, typer.Option(help="That models are loaded in; auto: the faster one.")] = "auto",
+    save_adapters: Annotated[bool, typer.Option("--save-adapters", help="Keep the adapter of each run, too.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print how long it takes, and stop.")] = False,
 ) -> None:
     """Compare methods on a model and two texts: same tokens, same search over learning rates. Resumes by itself."""
@@ -236,6 +237,7 @@ def compare(
             validation_tokens=validation_tokens,
             budget=budget,
             dtype=dtype,
+            save_adapters=save_adapters,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -63,10 +63,13 @@ class RunStore:
     folder: Path
     identity: dict[str, Any]
 
+    def name(self, run: Run) -> str:
+        """How files of a run are called."""
+        return f"{run.method.name}_n{run.samples}_lr{run.rate:g}_seed{run.seed}_{self._digest(run)}"
+
     def path(self, run: Run) -> Path:
         """The file of a run."""
-        numbers = f"n{run.samples}_lr{run.rate:g}_seed{run.seed}"
-        return self.folder / f"{run.method.name}_{numbers}_{self._digest(run)}.json"
+        return self.folder / f"{self.name(run)}.json"
 
     def find(self, run: Run) -> Record | None:
         """What a run gave, or `None` if it has not finished. A method that does the same under another name counts."""

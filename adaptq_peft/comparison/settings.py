@@ -8,7 +8,7 @@ from typing import Any
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 #: Settings that say which runs there are, not what a run is; the dtype is noted apart, once it is decided.
-_NOT_OF_A_RUN = ("output_dir", "methods", "samples", "seeds", "rates", "dtype")
+_NOT_OF_A_RUN = ("output_dir", "methods", "samples", "seeds", "rates", "dtype", "save_adapters")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class StudySettings:
         dtype: that models are loaded in, as torch names it; "auto": that of finished runs in the folder, else bfloat16
             on a GPU, and on a CPU what it computes faster in.
         scales: factors below 1 at which the trained change is measured, too (adapters of ADAPTQ and LoRA).
+        save_adapters: whether the adapter of each finished run is saved, too.
 
     Raises:
         ValueError: if a number is out of range; all faults are in one message.
@@ -56,6 +57,7 @@ class StudySettings:
     budget: float = 0.02
     dtype: str = "auto"
     scales: tuple[float, ...] = ()
+    save_adapters: bool = False
 
     def __post_init__(self) -> None:
         faults = [fault for field in fields(self) for fault in _faults(field.name, getattr(self, field.name))]

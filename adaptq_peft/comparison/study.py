@@ -14,7 +14,9 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.console import Console
+from torch import nn
 
 from .. import __version__
 from ..demo.display import progress_bar
@@ -32,7 +34,7 @@ from .texts import StudyTexts, demo_study_texts
 from .training import draw_samples, num_steps, results, train_run
 from .untrained import UntrainedAdapters
 
-RUNS_FOLDER = "runs"
+RUNS_FOLDER, ADAPTERS_FOLDER = "runs", "adapters"
 
 
 class StudyError(RuntimeError):
@@ -204,7 +206,8 @@ class _Study:
                     lambda step, loss: update(step, steps, f"loss {loss:.3f}"),
                     self.untrained,
                 )
-                for run, record in results(trained, runs, self.load, self.measurements, self.settings):
+                about = (self.load, self.measurements, self.settings, self._save_adapter)
+                for run, record in results(trained, runs, *about):
                     self.store.save(run, record)
                     self.console.print(f"  {run}: {_outcome(record)}", markup=False, highlight=False)
         except Exception as error:
@@ -212,6 +215,10 @@ class _Study:
             self.console.print(traceback.format_exc(), style="red", markup=False, highlight=False)
         gc.collect()  # models have cycles, and the next one is about to be loaded
         self.report()
+
+    def _save_adapter(self, run: Run, model: nn.Module) -> None:
+        if self.settings.save_adapters and isinstance(model, PeftModel):
+            model.save_pretrained(str(self.settings.output_dir / ADAPTERS_FOLDER / self.store.name(run)))
 
     def _price(self, run: Run) -> Price:
         """Seconds of a kind of training: from a finished run of it, else timed on two steps."""

@@ -128,7 +128,12 @@ def train_run(
 
 
 def results(
-    trained: Trained, runs: Sequence[Run], load: Load, measurements: Measurements, settings: StudySettings
+    trained: Trained,
+    runs: Sequence[Run],
+    load: Load,
+    measurements: Measurements,
+    settings: StudySettings,
+    save: Callable[[Run, nn.Module], None],
 ) -> Iterator[tuple[Run, Record]]:
     """Finish and measure a trained model as each of the runs that share its training asks.
 
@@ -136,6 +141,7 @@ def results(
         trained: the model. The last finish changes it for good.
         runs: in any order; they are finished in that of `_FINISHES`.
         load, measurements, settings: of the study.
+        save: called with each run and its finished model, before the record is there.
     """
     ordered = sorted(runs, key=lambda run: list(_FINISHES).index(run.method.finish))
     for run in ordered:
@@ -149,6 +155,7 @@ def results(
             record = _measure(model, untrained, measurements)
         if not run.method.finish:
             record["scaled"] = measurements.scaled(model)
+        save(run, model)
         for parameter, value in kept.items():
             parameter.data.copy_(value)
         yield run, {**_about(trained), "finish": about, **record}

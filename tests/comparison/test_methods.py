@@ -20,6 +20,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Profiled 8 calibration samples")
 MAIN = [method.name for method in resolve_methods(["main"])]
 
 
+def save_nothing(run, model):
+    """Adapters of these runs are not kept."""
+
+
 def run_of(name: str, rate: float = 1e-3) -> Run:
     (method,) = resolve_methods([name])
     return Run(method, 8 if method.is_trained else 0, rate, seed=0)
@@ -32,7 +36,7 @@ def trained(load, windows, measurements, settings, untrained):
     def train(run, **changes):
         arguments = (load, windows, measurements, settings(**changes), lambda step, loss: None, untrained)
         model = train_run(run, *arguments, steps=2)
-        ((_, record),) = results(model, [run], load, measurements, settings(**changes))
+        ((_, record),) = results(model, [run], load, measurements, settings(**changes), save_nothing)
         return record
 
     return train
@@ -89,9 +93,9 @@ def test_diverged_training_is_recorded_not_raised(load, windows, measurements, s
     run, arguments = run_of("lora"), (load, windows, measurements, settings(), lambda step, loss: None, untrained)
     trained = train_run(run, *arguments, steps=1)
     next(p for p in trained.model.parameters() if p.requires_grad).data.fill_(float("nan"))
-    ((_, measured),) = results(trained, [run], load, measurements, settings())
+    ((_, measured),) = results(trained, [run], load, measurements, settings(), save_nothing)
     trained.losses = [float("inf")]
-    ((_, seen_in_training),) = results(trained, [run], load, measurements, settings())
+    ((_, seen_in_training),) = results(trained, [run], load, measurements, settings(), save_nothing)
     for record in (measured, seen_in_training):
         assert record["failure"] == "its loss is not a finite number"
         assert record["validation"] == {"domain": None, "general": None}
@@ -131,7 +135,8 @@ def test_methods_of_one_training_do_not_see_each_others_changes(load, windows, m
 
     def finished(asked):
         trained = train_run(runs[0], *arguments, steps=4)
-        return {str(run): record["test"] for run, record in results(trained, asked, load, measurements, arguments[3])}
+        found = results(trained, asked, load, measurements, arguments[3], save_nothing)
+        return {str(run): record["test"] for run, record in found}
 
     together = finished(runs)
     assert list(together) == [str(run) for run in reversed(runs)]

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from peft import PeftModel
 
 from adaptq_peft.comparison import StudyError, StudySettings, run_study
 from adaptq_peft.comparison import study as study_module
@@ -240,3 +241,20 @@ def test_real_study_writes_runs_tables_and_figures(study, tmp_path, console):
     assert report["about"]["settings"]["epochs"] == 1
     assert "3 trainings with 3 results are missing" in console.file.getvalue()
     assert "adaptq-50, N=8, rate 0.002, seed 0: general " in console.file.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:Profiled 8 calibration samples")
+def test_saved_adapters_are_what_was_measured(study, tmp_path, load, measurements):
+    study(methods=("lora", "lora-budget", "adaptq-50", "vanilla"), rates=(0.05,), budget=0.0, save_adapters=True)
+    folders = list((tmp_path / "adapters").iterdir())
+    assert {folder.name.split("_")[0] for folder in folders} == {"adaptq-50", "lora", "lora-budget"}
+    for folder in folders:
+        record = json.loads((tmp_path / "runs" / f"{folder.name}.json").read_text())
+        model = PeftModel.from_pretrained(load(), folder)
+        assert measurements.validation(model) == pytest.approx(record["validation"])
+    assert len(list((tmp_path / "runs").glob("lora*.json"))) == 2
+
+
+def test_adapters_are_saved_only_where_asked_for(study, tmp_path):
+    study(methods=("lora",), rates=(0.05,))
+    assert not (tmp_path / "adapters").exists()
