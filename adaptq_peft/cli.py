@@ -204,7 +204,9 @@ def compare(
     general_train: Annotated[Path | None, typer.Option(help="General documents that anchors hold on to.")] = None,
     general_valid: Annotated[Path | None, typer.Option(help="To fit budgets on; default: half of the above.")] = None,
     general_test: Annotated[Path | None, typer.Option(help="To report forgetting on.")] = None,
-    methods: Annotated[str, typer.Option(help="Names or groups: main, selection, ratio, precision, all.")] = "main",
+    methods: Annotated[
+        str, typer.Option(help="Names or groups: main, selection, ratio, scaling, precision, all.")
+    ] = "main",
     samples: Annotated[str, typer.Option(help="Training-set sizes, such as 50,500,2000.")] = "500",
     seeds: Annotated[str, typer.Option(help="Seeds; rates are searched with the first.")] = "0",
     rates: Annotated[str, typer.Option(help="Learning rates that each method tries.")] = "1e-4,2e-4,4e-4,8e-4",

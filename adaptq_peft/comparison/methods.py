@@ -50,7 +50,7 @@ class Method:
         title: how tables call it.
         build: makes the model that trains from the base.
         options: keyword arguments of `build`, as JSON types.
-        group: "main", "selection", "ratio" or "precision": the table that it is in.
+        group: "main", "selection", "ratio", "scaling" or "precision": the table that it is in.
         anchor: "" (none), "general": KL to the base on general text, or "written": on text that the base writes.
         finish: what is done after training: "" (nothing), "budget" or "quantize".
         fixed_rate: learning rate of a fixed recipe; `None`: it is searched.
@@ -98,7 +98,7 @@ def method_names() -> list[str]:
 
 
 def resolve_methods(names: Sequence[str]) -> list[Method]:
-    """The methods with these names or in these groups ("main", "selection", "ratio", "precision", "all").
+    """The methods with these names or in these groups ("main", "selection", "ratio", "scaling", "precision", "all").
 
     They come in the order of the tables, each once.
 
@@ -149,9 +149,7 @@ def _adaptq_main() -> Iterator[Method]:
     name, title = "adaptq-50-mixed-anchor", "ADAPT-Q-50 mixed rank + anchor"
     yield Method(name, title, _adaptq, mixed, anchor="general")
     yield Method(f"{name}-budget", f"{title} + budget", _adaptq, mixed, anchor="general", finish="budget")
-    recipe = adaptq_options(
-        selection_strategy="update", quantization_calibration="auto", frozen_rank=8, delta_scaling=0.125
-    )
+    recipe = _recipe_options(delta_scaling=0.125)
     name, title = "adaptq-recipe", "ADAPT-Q, the recipe"
     yield Method(name, title, _adaptq, recipe, anchor="general")
     yield Method(f"{name}-budget", f"{title} + budget", _adaptq, recipe, anchor="general", finish="budget")
@@ -166,6 +164,9 @@ def _ablations() -> Iterator[Method]:
     for percent in (10, 20, 30, 50, 70, 100):
         options = adaptq_options(selection_ratio=percent / 100)
         yield Method(f"ratio-{percent}", f"ADAPT-Q, {percent}% of the blocks", _adaptq, options, group="ratio")
+    for scaling in (0.0625, 0.125, 0.25, 0.5, 1.0):
+        title = f"ADAPT-Q, the recipe without anchor, delta_scaling {scaling:g}"
+        yield Method(f"scaling-{scaling:g}", title, _adaptq, _recipe_options(scaling), group="scaling")
     for name in QUANTIZATION_NAMES:
         options = adaptq_options(quantization=name)
         yield Method(f"frozen-{name}", f"ADAPT-Q-50, frozen in {name}", _adaptq, options, group="precision")
@@ -188,6 +189,13 @@ def adaptq_options(**changes: Any) -> dict[str, Any]:
         "frozen_rank": 0,
     }
     return {**plain, **changes}
+
+
+def _recipe_options(delta_scaling: float) -> dict[str, Any]:
+    """Half of the blocks by "update", the others calibrated and with low-rank corrections."""
+    return adaptq_options(
+        selection_strategy="update", quantization_calibration="auto", frozen_rank=8, delta_scaling=delta_scaling
+    )
 
 
 def _base(base: PreTrainedModel, inputs: Inputs) -> nn.Module:

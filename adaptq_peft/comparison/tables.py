@@ -22,6 +22,7 @@ GROUP_TITLES = {
     "main": "Methods",
     "selection": "Which blocks",
     "ratio": "How many blocks",
+    "scaling": "How far a step moves the deltas",
     "precision": "Precision of the frozen blocks",
 }
 

@@ -125,6 +125,7 @@ def test_methods_that_are_the_same_share_their_training():
     trainings = {name: resolve_methods([name])[0].training for name in method_names()}
     same = ("adaptq-50", "select-activation", "ratio-50", "frozen-nf4")
     assert len({trainings[name] for name in same}) == 1
+    assert trainings["scaling-0.125"] == trainings["adaptq-recipe-unanchored"] != trainings["scaling-0.25"]
     assert trainings["lora"] == trainings["lora-quantize"]
     assert trainings["lora"] != trainings["lora-qv"]
 
