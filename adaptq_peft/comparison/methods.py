@@ -154,6 +154,7 @@ def _adaptq_main() -> Iterator[Method]:
     yield Method(name, title, _adaptq, recipe, anchor="general")
     yield Method(f"{name}-budget", f"{title} + budget", _adaptq, recipe, anchor="general", finish="budget")
     yield Method(f"{name}-unanchored", f"{title} without anchor", _adaptq, recipe)
+    yield Method(f"{name}-unanchored-budget", f"{title} without anchor + budget", _adaptq, recipe, finish="budget")
     yield Method(f"{name}-written", f"{title}, anchored on the base's own text", _adaptq, recipe, anchor="written")
 
 
