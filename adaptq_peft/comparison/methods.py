@@ -98,7 +98,7 @@ def method_names() -> list[str]:
 
 
 def resolve_methods(names: Sequence[str]) -> list[Method]:
-    """The methods with these names or in these groups ("main", "selection", "ratio", "scaling", "precision", "all").
+    """The methods with these names or in these groups; "all" is every group.
 
     They come in the order of the tables, each once.
 

@@ -38,6 +38,19 @@ class Spread(NamedTuple):
     mean: float
     deviation: float | None
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of one value a seed."""
+        return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+    def number(self) -> str:
+        """With two decimals, as tables show perplexities."""
+        return f"{self.mean:.2f}" + ("" if self.deviation is None else f" ± {self.deviation:.2f}")
+
+    def percent(self) -> str:
+        """Of a fraction, as tables show changes: in percent, with its sign."""
+        return f"{self.mean:+.1%}" + ("" if self.deviation is None else f" ± {100 * self.deviation:.1f}")
+
 
 @dataclass(frozen=True)
 class Point:
@@ -202,17 +215,13 @@ def _figures(records: list[Record]) -> dict[str, Spread]:
         return {}
     values: dict[str, list[float]] = {name: [_at(r["test"], path) for r in records] for name, path in _FIGURES.items()}
     values["seconds_a_step"] = [record["seconds"].get("step", 0.0) for record in records]
-    return {name: _spread(found) for name, found in values.items()}
+    return {name: Spread.of(found) for name, found in values.items()}
 
 
 def _at(tree: Any, path: tuple[str, ...]) -> float:
     for name in path:
         tree = tree[name]
     return float(tree)
-
-
-def _spread(values: list[float]) -> Spread:
-    return Spread(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def _points(record: Record) -> list[Point]:
@@ -290,25 +299,17 @@ def _cells(row: Row) -> list[str]:
         row.title,
         rate,
         f"{figures['general_quantized'].mean:.2f}",
-        _number(figures["general"]),
-        *(_percent(figures[name]) for name in ("degradation", "quantization", "training")),
+        figures["general"].number(),
+        *(figures[name].percent() for name in ("degradation", "quantization", "training")),
         "" if row.upper_bound is None else f"{row.upper_bound:+.1%}",
         f"{figures['domain_quantized'].mean:.2f}",
-        _number(figures["domain"]),
-        _percent(figures["domain_change"]),
+        figures["domain"].number(),
+        figures["domain_change"].percent(),
         f"{figures['domain_kl'].mean:.3f}",
         *memory,
         f"{figures['seconds_a_step'].mean:.2f}" if row.samples else "",
         count,
     ]
-
-
-def _number(spread: Spread) -> str:
-    return f"{spread.mean:.2f}" + ("" if spread.deviation is None else f" ± {spread.deviation:.2f}")
-
-
-def _percent(spread: Spread) -> str:
-    return f"{spread.mean:+.1%}" + ("" if spread.deviation is None else f" ± {100 * spread.deviation:.1f}")
 
 
 def _search_table(rows: Sequence[Row]) -> str:

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 from common import model_name
 from peft import PeftModel
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import adaptq_peft  # noqa: F401  (registers the method)
+from adaptq_peft.comparison.records import recorded_dtype
+from adaptq_peft.comparison.tables import Spread
 from adaptq_peft.comparison.texts import cut_documents, demo_study_texts, read_documents
 from adaptq_peft.preservation import BaseReference, measure_forgetting
 
@@ -32,11 +33,6 @@ def read(name: str) -> list[str]:
     return read_documents(Path(name))
 
 
-def mean_and_deviation(values: list[float]) -> str:
-    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):+.1%}{deviation}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -45,36 +41,37 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", required=True, help="NAME=FILE of documents: .txt, .json or .jsonl")
     parser.add_argument("--tokens", type=int, default=12_000, help="of each text")
     parser.add_argument("--model", default="smollm2", help="the base: 'smollm2' is the demo's model")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     arguments = parser.parse_args()
-    folders = sorted((arguments.study / "adapters").iterdir())
     name = model_name(arguments.model)
+    dtype = recorded_dtype(arguments.study / "runs")
     tokenizer = AutoTokenizer.from_pretrained(name)
 
     def load() -> torch.nn.Module:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype)).eval()
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
 
-    print("| method | samples | rate | text | base | quantized | degradation | at most | seeds |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    base, references = load(), {}
     for text in arguments.texts:
         title, _, file = text.partition("=")
         documents = cut_documents(tokenizer, read(file), arguments.tokens)
-        reference = BaseReference.of(load(), documents, tokenizer=tokenizer)
-        found = defaultdict(list)
-        for folder in folders:
-            run = json.loads((arguments.study / "runs" / f"{folder.name}.json").read_text())
-            report = measure_forgetting(PeftModel.from_pretrained(load(), folder).eval(), base=reference)
-            found[run["method"], run["samples"], run["rate"]].append(report)
-        for (method, samples, rate), reports in found.items():
-            degradation = mean_and_deviation([report.degradation for report in reports])
-            quantization = mean_and_deviation([report.quantization for report in reports])
-            bound = max(report.upper_bound for report in reports)
-            base = reports[0].general.perplexities()["base"]
-            print(
-                f"| {method} | {samples} | {rate:g} | {title} | {base:.2f} | {quantization} | {degradation} | "
-                f"{bound:+.1%} | {len(reports)} |",
-                flush=True,
-            )
+        references[title] = BaseReference.of(base, documents, tokenizer=tokenizer)
+    found = defaultdict(list)
+    for folder in tqdm(sorted((arguments.study / "adapters").iterdir()), unit="adapter"):
+        run = json.loads((arguments.study / "runs" / f"{folder.name}.json").read_text())
+        model = PeftModel.from_pretrained(load(), folder).eval()
+        for title, reference in references.items():
+            found[title, run["method"], run["samples"], run["rate"]].append(measure_forgetting(model, base=reference))
+
+    print("| text | method | samples | rate | base | quantized | degradation | at most | seeds |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for (title, method, samples, rate), reports in sorted(found.items()):
+        perplexity = reports[0].general.perplexities()["base"]
+        quantization = Spread.of([report.quantization for report in reports]).percent()
+        degradation = Spread.of([report.degradation for report in reports]).percent()
+        bound = max(report.upper_bound for report in reports)
+        print(
+            f"| {title} | {method} | {samples} | {rate:g} | {perplexity:.2f} | {quantization} | {degradation} | "
+            f"{bound:+.1%} | {len(reports)} |"
+        )
 
 
 if __name__ == "__main__":
