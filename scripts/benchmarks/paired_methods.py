@@ -1,0 +1,81 @@
+"""How sure the difference of two methods of a comparison is, over the test documents that both were measured on.
+
+    adaptq compare --output-dir STUDY ...
+    python scripts/benchmarks/paired_methods.py STUDY --pairs adaptq-recipe-budget@1.6e-3,lora-budget@1.6e-3
+
+The ratio of the perplexities of the first to the second, over the seeds that both have. Its 95% interval is the
+bootstrap-t of `fit_to_budget` from both sides, which resamples documents; seeds are the column after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adaptq_peft.preservation.bounds import rise_per_token, upper_bounds
+
+CONFIDENCE = 0.975  # of each side
+
+Records = dict[tuple[str, float, int], dict[str, Any]]
+
+
+def read_records(study: Path, samples: int) -> Records:
+    """Test figures of the finished runs by (method, rate, seed)."""
+    records = [json.loads(path.read_text()) for path in sorted((study / "runs").glob("*.json"))]
+    return {(r["method"], r["rate"], r["seed"]): r["test"] for r in records if r["samples"] == samples and r["test"]}
+
+
+def find_seeds(records: Records, sides: list[tuple[str, float]]) -> list[int]:
+    """Seeds that both sides of a pair have."""
+    common = set.intersection(*({key[2] for key in records if key[:2] == side} for side in sides))
+    if not common:
+        have = sorted({f"{method}@{rate:g}" for method, rate, _ in records})
+        raise SystemExit(f"{sides[0]} and {sides[1]} have no seed in common; finished are {have}")
+    return sorted(common)
+
+
+def differences(records: Records, sides: list[tuple[str, float]], text: str, seeds: list[int]) -> np.ndarray:
+    """Summed nats of the first minus those of the second: [seeds, documents]."""
+    nll = [[records[(*side, seed)][text]["documents"]["adapted"] for seed in seeds] for side in sides]
+    return np.array(nll[0]) - np.array(nll[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", type=Path, help="output folder of `adaptq compare`")
+    parser.add_argument("--pairs", nargs="+", required=True, help="METHOD@RATE,METHOD@RATE")
+    parser.add_argument("--samples", type=int, default=500, help="N of the runs")
+    arguments = parser.parse_args()
+    records = read_records(arguments.study, arguments.samples)
+    print(
+        "| first | second | text | ratio of perplexities | 95% interval | by seed | documents | first is better in |"
+    )
+    print("|---|---|---|---:|---|---|---:|---:|")
+    for pair in arguments.pairs:
+        names = pair.split(",")
+        split = [name.rpartition("@") for name in names]
+        sides = [(method, float(rate)) for method, _, rate in split]
+        seeds = find_seeds(records, sides)
+        for text in ("domain", "general"):
+            tokens = np.array(records[(*sides[0], seeds[0])][text]["documents"]["num_tokens"])
+            each = differences(records, sides, text, seeds)
+            mean = each.mean(0)
+            upper = float(upper_bounds(mean[None], tokens, CONFIDENCE)[0])
+            lower = -float(upper_bounds(-mean[None], tokens, CONFIDENCE)[0])
+            by_seed = ", ".join(
+                f"{s}: {math.exp(rise_per_token(e, tokens)):.3f}" for s, e in zip(seeds, each, strict=True)
+            )
+            ratio = math.exp(rise_per_token(mean, tokens))
+            print(
+                f"| {names[0]} | {names[1]} | {text} | {ratio:.3f} | {math.exp(lower):.3f} to {math.exp(upper):.3f} | "
+                f"{by_seed} | {len(tokens)} | {(mean < 0).mean():.0%} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
