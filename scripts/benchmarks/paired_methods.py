@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,25 @@ def differences(records: Records, sides: list[tuple[str, float]], text: str, see
     return np.array(nll[0]) - np.array(nll[1])
 
 
+def compare(records: Records, names: list[str]) -> None:
+    """Print the rows of a pair of methods."""
+    split = [name.rpartition("@") for name in names]
+    sides = [(method, float(rate)) for method, _, rate in split]
+    seeds = find_seeds(records, sides)
+    for text in ("domain", "general"):
+        tokens = np.array(records[(*sides[0], seeds[0])][text]["documents"]["num_tokens"])
+        each = differences(records, sides, text, seeds)
+        mean = each.mean(0)
+        ratio, *ratios = np.exp([rise_per_token(nats, tokens) for nats in (mean, *each)])
+        lower = np.exp(-upper_bounds(-mean[None], tokens, CONFIDENCE)[0])
+        upper = np.exp(upper_bounds(mean[None], tokens, CONFIDENCE)[0])
+        by_seed = ", ".join(f"{seed}: {of_seed:.3f}" for seed, of_seed in zip(seeds, ratios, strict=True))
+        print(
+            f"| {' | '.join(names)} | {text} | {ratio:.3f} | {lower:.3f} to {upper:.3f} | {by_seed} | {len(tokens)} | "
+            f"{(mean < 0).mean():.0%} |"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path, help="output folder of `adaptq compare`")
@@ -52,29 +70,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=500, help="N of the runs")
     arguments = parser.parse_args()
     records = read_records(arguments.study, arguments.samples)
-    print(
-        "| first | second | text | ratio of perplexities | 95% interval | by seed | documents | first is better in |"
-    )
+    print("| first | second | text | ratio | 95% interval | by seed | documents | first is better in |")
     print("|---|---|---|---:|---|---|---:|---:|")
     for pair in arguments.pairs:
-        names = pair.split(",")
-        split = [name.rpartition("@") for name in names]
-        sides = [(method, float(rate)) for method, _, rate in split]
-        seeds = find_seeds(records, sides)
-        for text in ("domain", "general"):
-            tokens = np.array(records[(*sides[0], seeds[0])][text]["documents"]["num_tokens"])
-            each = differences(records, sides, text, seeds)
-            mean = each.mean(0)
-            upper = float(upper_bounds(mean[None], tokens, CONFIDENCE)[0])
-            lower = -float(upper_bounds(-mean[None], tokens, CONFIDENCE)[0])
-            by_seed = ", ".join(
-                f"{s}: {math.exp(rise_per_token(e, tokens)):.3f}" for s, e in zip(seeds, each, strict=True)
-            )
-            ratio = math.exp(rise_per_token(mean, tokens))
-            print(
-                f"| {names[0]} | {names[1]} | {text} | {ratio:.3f} | {math.exp(lower):.3f} to {math.exp(upper):.3f} | "
-                f"{by_seed} | {len(tokens)} | {(mean < 0).mean():.0%} |"
-            )
+        compare(records, pair.split(","))
 
 
 if __name__ == "__main__":

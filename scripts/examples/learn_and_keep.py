@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=-1, help="fewer steps than the epochs have")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=128, help="tokens a text is cut to in training")
-    parser.add_argument("--learning-rate", type=float, default=8e-4)
+    parser.add_argument("--learning-rate", type=float, default=1.6e-3)
     options = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
