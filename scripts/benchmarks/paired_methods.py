@@ -10,12 +10,12 @@ bootstrap-t of `fit_to_budget` from both sides, which resamples documents; seeds
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from adaptq_peft.comparison.records import RunStore
 from adaptq_peft.preservation.bounds import rise_per_token, upper_bounds
 
 CONFIDENCE = 0.975  # of each side
@@ -24,8 +24,8 @@ Records = dict[tuple[str, float, int], dict[str, Any]]
 
 
 def read_records(study: Path, samples: int) -> Records:
-    """Test figures of the finished runs by (method, rate, seed)."""
-    records = [json.loads(path.read_text()) for path in sorted((study / "runs").glob("*.json"))]
+    """Test figures of the finished runs by (method, rate, seed); the study has one set of texts and settings."""
+    records = RunStore(study / "runs", identity={}).records()
     return {(r["method"], r["rate"], r["seed"]): r["test"] for r in records if r["samples"] == samples and r["test"]}
 
 
