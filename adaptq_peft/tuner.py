@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from peft.config import PeftConfig
@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .artifacts.checkpoint import check_adapter_tensors
-from .artifacts.quantized_base import QuantizedBase, QuantizedBaseReference
+from .artifacts.quantized_base import QuantizedBase
 from .artifacts.quantized_blocks import (
     expect_quantized_tensors,
     load_quantized_tensors,
@@ -42,27 +42,15 @@ from .block_forms import BlockForms, QuantizationReport, Wishes
 from .config import AdaptQConfig
 from .direct_reads import children_read_by
 from .fingerprint import check_base, fingerprint_base
+from .frozen_codes import calibration, check_calibrated_before, check_kept_codes, open_quantized_base
 from .frozen_prefix import FrozenPrefix
 from .layer import AdaptQLayer, create_layer, wrap_layer
 from .mixed_batch import mixed_batch
 from .module_names import base_name
 from .offloading import kept_on_device
 from .plan import AdapterPlan, make_plan
-from .quantization import (
-    gradients_kept_on_cpu,
-    named_checkpoint,
-    origin_of,
-    resolve_quantization,
-    settings_of,
-    skip_when_quantizing,
-)
-from .quantization.calibrated import (
-    CalibratedLinears,
-    mixed_calibration_batches,
-    quantize_calibrated,
-    resolve_calibration_method,
-    text_written_once,
-)
+from .quantization import gradients_kept_on_cpu, named_checkpoint, resolve_quantization, skip_when_quantizing
+from .quantization.calibrated import CalibratedLinears, text_written_once
 from .targets import is_excluded, is_targeted, match_by_peft
 
 
@@ -97,12 +85,12 @@ class AdaptQTuner(BaseTuner):
         with text_written_once():
             with _adapters_off(model):
                 plan = make_plan(model, config, others)
-            base = _open_quantized_base(model, config, plan, others)
-            calibrate = None if others else _calibration(model, config, plan)
+            base = open_quantized_base(model, config, plan, others)
+            calibrate = None if others else calibration(model, config, plan)
             wishes = _wishes(adapter_name, config, plan, calibrate, base)
             forms = BlockForms(model, plan.blocks, wishes, list(others))
-        _check_calibrated_before(config, others, forms)
-        _check_kept_codes(config, forms)
+        check_calibrated_before(config, others, forms)
+        check_kept_codes(config, forms)
         with self._undo_on_error(model, adapter_name, forms):
             forms.apply()
             fingerprint = fingerprint_base(model, plan.blocks, plan.adapted)
@@ -402,84 +390,6 @@ class AdaptQTuner(BaseTuner):
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """The older name of `activation_checkpointing_enable`."""
         self._frozen_prefix.enable_checkpointing(self.model.gradient_checkpointing_enable, *args, **kwargs)
-
-
-def _calibration(
-    model: nn.Module, config: AdaptQConfig, plan: AdapterPlan
-) -> Callable[[dict[str, nn.Module]], CalibratedLinears] | None:
-    """Calibrated rounding for a new adapter; a saved one brings its codes along."""
-    name, settings = config.quantization_calibration, resolve_quantization(plan.quantization)
-    if name is None or settings is None or config.base_fingerprint is not None:
-        return None
-    given = config.calibration
-
-    def calibrate(linears: dict[str, nn.Module]) -> CalibratedLinears:
-        method = resolve_calibration_method(name)
-        batches = mixed_calibration_batches(model, given.data, given.general_data, tokenizer=given.tokenizer)
-        return quantize_calibrated(model, plan.blocks, linears, settings, batches, method)
-
-    return calibrate
-
-
-def _open_quantized_base(
-    model: nn.Module, config: AdaptQConfig, plan: AdapterPlan, others: Mapping[str, AdaptQConfig]
-) -> QuantizedBase | None:
-    """The shared base that the config refers to, checked against the model and the adapters that are on it."""
-    settings = resolve_quantization(plan.quantization)
-    base = None
-    if config.quantized_base is not None and settings is not None:
-        base = QuantizedBase(cast(QuantizedBaseReference, config.quantized_base))
-        base.check(model, plan.blocks, settings)
-    own = _Codes(None if base is None else base.reference, config.quantization_calibration is not None)
-    for name, other in others.items():
-        theirs = _Codes(cast(Any, other.quantized_base), other.quantization_calibration is not None)
-        if settings is not None and other.quantization != "none" and theirs != own:
-            raise ValueError(
-                f"The new adapter has its frozen blocks' codes from {own}, and adapter {name!r} on this model from "
-                f"{theirs}. Give both the same quantized_base, or put the new one on a base model of its own."
-            )
-    return base
-
-
-class _Codes(NamedTuple):
-    """Where the codes of an adapter's frozen blocks come from."""
-
-    base: QuantizedBaseReference | None
-    calibrated: bool
-
-    def __str__(self) -> str:
-        if self.base is not None:
-            return f"the quantized base {self.base.name_or_path!r}"
-        return "calibration" if self.calibrated else "plain rounding"
-
-
-def _check_calibrated_before(config: AdaptQConfig, others: Mapping[str, AdaptQConfig], forms: BlockForms) -> None:
-    """Calibration needs the original model, and other adapters have changed that."""
-    is_new = config.base_fingerprint is None and config.quantization_calibration is not None
-    if is_new and others and forms.has_new_codes:
-        raise ValueError(
-            f"The new adapter freezes blocks that adapters {list(others)} on this model do not freeze, and they can't "
-            "be calibrated beside them. Give all of them one quantized_base (adaptq quantize-base makes it), or put "
-            "the new one on a base model of its own."
-        )
-
-
-def _check_kept_codes(config: AdaptQConfig, forms: BlockForms) -> None:
-    """A load rounds plainly what the adapter's file does not hold, and a deleted adapter may have left other codes."""
-    has_codes = saves_quantized(config) or config.quantized_base is not None
-    calibrated = [name for name, quantized in forms.kept.items() if _has_codes_of_an_adapter(quantized)]
-    lost = [name for name in calibrated if name in forms.report.restored or not has_codes]
-    if lost:
-        raise ValueError(
-            f"{len(lost)} linears of this model, the first is {lost[0]}, have calibrated codes of an adapter before, "
-            "and the new adapter would get plain rounding there when it is loaded again. Put it on a base model of "
-            "its own, or on the one that unload() returns."
-        )
-
-
-def _has_codes_of_an_adapter(quantized: nn.Module) -> bool:
-    """Whether codes were chosen for an adapter; others come with the base."""
-    return origin_of(quantized).calibrated and not settings_of(quantized).comes_with_base
 
 
 def _is_named(key: str, names: Collection[str]) -> bool:

@@ -182,7 +182,7 @@ class TestCalibrated:
         def few(*args, tokens=2048, **kwargs):
             return mixed_calibration_batches(*args, tokens=tokens, **kwargs)
 
-        for module in ("tuner", "precision"):
+        for module in ("frozen_codes", "precision"):
             monkeypatch.setattr(f"adaptq_peft.{module}.mixed_calibration_batches", few)
 
     def test_the_4_bit_part_is_calibrated_and_saved(self, model, samples, batch, tmp_path, monkeypatch):
@@ -197,7 +197,7 @@ class TestCalibrated:
         assert linears_of(wrapped) == linears_of(plain)
         assert not torch.equal(logits(wrapped, batch), logits(plain, batch))
         wrapped.save_pretrained(tmp_path)
-        monkeypatch.setattr("adaptq_peft.tuner.quantize_calibrated", None)
+        monkeypatch.setattr("adaptq_peft.frozen_codes.quantize_calibrated", None)
         loaded = PeftModel.from_pretrained(base, tmp_path)
         assert torch.equal(logits(loaded, batch), logits(wrapped, batch))
 

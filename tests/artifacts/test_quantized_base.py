@@ -102,7 +102,7 @@ class TestWhatAnAdapterTakes:
     def test_reload_is_bit_exact_without_calibration_and_the_adapter_holds_no_codes(
         self, base, folder, batch, tmp_path, monkeypatch
     ):
-        monkeypatch.setattr("adaptq_peft.tuner.quantize_calibrated", None)
+        monkeypatch.setattr("adaptq_peft.frozen_codes.quantize_calibrated", None)
         model = adapted(base, folder)
         model.save_pretrained(tmp_path / "adapter")
         assert all(".adaptq_delta." in name for name in load_file(tmp_path / "adapter" / WEIGHTS))

@@ -1,4 +1,4 @@
-"""Adapters whose frozen blocks were rounded by calibration."""
+"""Adapters whose frozen blocks were rounded by calibration. tests/artifacts/test_quantized_base.py: shared bases."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_save_and_load_give_the_same_codes_without_calibrating(model, samples, b
     wrapped = get_peft_model(model, config(samples, quantization_calibration=method))
     randomize(wrapped)
     wrapped.save_pretrained(tmp_path)
-    monkeypatch.setattr("adaptq_peft.tuner.quantize_calibrated", None)
+    monkeypatch.setattr("adaptq_peft.frozen_codes.quantize_calibrated", None)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert torch.equal(logits(loaded, batch), logits(wrapped, batch))
 
