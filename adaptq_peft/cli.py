@@ -116,7 +116,7 @@ def profile(
     data: Annotated[Path, typer.Option(help="Texts of the domain: a .txt (a text a line), .json or .jsonl file.")],
     general: Annotated[Path | None, typer.Option(help="General texts, for strategies that compare.")] = None,
     output: Annotated[Path, typer.Option(help="Where the profile is written.")] = Path("profile.json"),
-    strategy: Annotated[str, typer.Option(help="Rule that chooses the blocks which are shown.")] = "activation",
+    strategy: Annotated[str, typer.Option(help="Rule that chooses the blocks which are shown.")] = "update",
     ratio: Annotated[float, typer.Option(help="Share of the blocks that is chosen.")] = 0.5,
     samples: Annotated[int, typer.Option(min=1, help="Texts that are profiled at most.")] = 100,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens a text is cut to.")] = 512,

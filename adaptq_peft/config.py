@@ -46,13 +46,15 @@ class AdaptQConfig(PeftConfig):
 
     Use it where a script uses `LoraConfig`: `get_peft_model(model, AdaptQConfig(task_type="CAUSAL_LM"))`. After
     `get_peft_model` the config holds what was resolved: `layers_to_transform`, `profile` and `base_fingerprint`.
+    The defaults are those that did better than the paper's method on both texts of a comparison at LoRA's usual rate
+    (docs/results.md). The paper's method is `AdaptQConfig(selection_strategy="activation", frozen_rank=0)`.
 
     Args:
         selection_ratio: alpha in (0, 1]: K = floor(alpha * L) of the L blocks are adapted, at least 1. Default 0.5.
         num_adapted_blocks: K itself, between 1 and L. `None` (default) computes it from `selection_ratio`.
         selection_strategy: which blocks: a name in the registry of `adaptq_peft.selection` ("activation", "update",
             "contrast", "sensitivity", "activation+sensitivity", "random", "first", "last", or your own). Default
-            "activation", the paper's rule.
+            "update": blocks that change their input most, relative to it. "activation" is the paper's rule.
         selection_seed: seed of the strategy "random". Default 0.
         layers_to_transform: explicit block indices (0-based, an int or a list). Skips the profile and the strategy.
             Holds the adapted blocks once the adapter is made.
@@ -108,7 +110,8 @@ class AdaptQConfig(PeftConfig):
             wrapped with `autocast_adapter_dtype=False`, then the dtype of the base weight. Of corrections, too.
         frozen_rank: r > 0 gives each linear of the frozen blocks that is quantized (with quantization "none": that
             would be) a trainable correction of this rank, scale * B A, as LoRA: mixed rank. `target_modules` narrows
-            the choice there, too. Default 0, the paper's method: frozen blocks are not trained.
+            the choice there, too. Default 8. 0: frozen blocks are not trained, as in the paper, and those below the
+            lowest adapted block cost no backward pass.
         frozen_alpha: the scale of corrections is frozen_alpha / frozen_rank, as LoRA's `lora_alpha` / `r`. `None`
             (default): twice the rank, so the scale is 2 at each rank and LoRA's usual learning rates fit.
         frozen_rank_init: "zero" (default): B starts at zero, so training starts at the quantized base. "svd": B A
@@ -129,7 +132,7 @@ class AdaptQConfig(PeftConfig):
 
     selection_ratio: float = 0.5
     num_adapted_blocks: int | None = None
-    selection_strategy: str = "activation"
+    selection_strategy: str = "update"
     selection_seed: int = 0
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -153,7 +156,7 @@ class AdaptQConfig(PeftConfig):
     original_weights: str = "checkpoint"
     delta_scaling: float = 0.25
     delta_dtype: str | None = None
-    frozen_rank: int = 0
+    frozen_rank: int = 8
     frozen_alpha: float | None = None
     frozen_rank_init: str = "zero"
     evaluation: dict | None = None
@@ -235,6 +238,11 @@ class AdaptQConfig(PeftConfig):
             check_weights_file(weights)
         config.is_from_file = True
         return config
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """What a file holds, as PEFT asks for it: one without `frozen_rank` is from before there were corrections."""
+        return {"frozen_rank": 0, **super().check_kwargs(**kwargs)}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json` into `save_directory`, atomically: a crash leaves the previous file.

@@ -173,8 +173,8 @@ def _check_modules_to_save(model: nn.Module, config: AdaptQConfig) -> None:
     for name, module in model.named_modules():
         if is_quantized(module) and is_excluded(name, config) and config.modules_to_save:
             raise ValueError(
-                f"{name} is in modules_to_save and is quantized already, so it can't be trained. Give the first "
-                'adapter quantization="none", or name the module in its exclude_modules.'
+                f"{base_name(name)} is in modules_to_save and is quantized already, so it can't be trained. Give "
+                'the first adapter quantization="none", or name the module in its exclude_modules.'
             )
 
 

@@ -57,7 +57,7 @@ from .targets import is_excluded, is_targeted, match_by_peft
 class AdaptQTuner(BaseTuner):
     """Trains K transformer blocks with full-rank deltas; the linears of all other blocks are stored in 4 bits.
 
-    With `frozen_rank` those linears get trainable low-rank corrections.
+    Unless `frozen_rank` is 0 those linears get trainable low-rank corrections.
 
     Made by `get_peft_model(model, AdaptQConfig(...))`. If that fails, the model is as it was before.
 
@@ -145,12 +145,6 @@ class AdaptQTuner(BaseTuner):
             listed = "; ".join(f"{name}: {why}" for name, why in unasked.items())
             what = "corrected" if plan.quantization == "none" else "quantized"
             warnings.warn(f"{len(unasked)} weights of frozen blocks were not {what}. {listed}", stacklevel=4)
-        if config.frozen_rank and not report.corrected:
-            warnings.warn(
-                f"frozen_rank is {config.frozen_rank}, and there is no linear to correct: none of those in frozen "
-                "blocks is chosen by target_modules, or there are no frozen blocks.",
-                stacklevel=4,
-            )
 
     @property
     def _configs(self) -> dict[str, AdaptQConfig]:

@@ -297,7 +297,8 @@ def test_from_profile_to_merge(name, tmp_path):
     model, fresh = case.build(), case.build()
     batch = torch.utils.data.default_collate(draw(case, 4, seed=1)) | case.with_loss
 
-    adapter = AdaptQConfig(task_type=case.task_type, calibration_data=draw(case, 50, seed=2), **case.fields)
+    fields = {"frozen_rank": 0, **case.fields}
+    adapter = AdaptQConfig(task_type=case.task_type, calibration_data=draw(case, 50, seed=2), **fields)
     wrapped = get_peft_model(model, adapter)
 
     blocks = find_blocks(model)
@@ -348,7 +349,9 @@ def test_both_towers(name, tmp_path):
 
     ends = [f"{pattern}.{len(part) - 1}." for pattern, part in zip(patterns, separate, strict=True)]
     last = [len(separate[0]) - 1, len(both) - 1]
-    adapter = AdaptQConfig(task_type=case.task_type, layers_pattern=list(patterns), layers_to_transform=last)
+    adapter = AdaptQConfig(
+        task_type=case.task_type, layers_pattern=list(patterns), layers_to_transform=last, frozen_rank=0
+    )
     wrapped = get_peft_model(model, adapter)
     trained = {path for path, p in wrapped.base_model.model.named_parameters() if p.requires_grad}
     assert all(any(path.startswith(end) for path in trained) for end in ends)

@@ -21,7 +21,7 @@ def test_original_weights_may_name_a_checkpoint(tmp_path):
 
 def test_defaults():
     config = AdaptQConfig()
-    assert config.selection_strategy == "activation"
+    assert (config.selection_strategy, config.frozen_rank, config.frozen_scaling) == ("update", 8, 2.0)
     assert config.selection_ratio == 0.5
     assert config.quantization == "nf4"
     assert config.layers_to_transform is None
@@ -58,8 +58,14 @@ def test_defaults():
         ({"frozen_rank": 4.0}, r"frozen_rank is 4\.0; allowed"),
         ({"frozen_rank": True}, r"frozen_rank is True; allowed"),
         ({"frozen_rank": 4, "frozen_alpha": 0}, r"frozen_alpha is 0; allowed: None \(2 \* frozen_rank\) or a finite"),
-        ({"frozen_alpha": 8}, r"frozen_rank is 0, so frozen_alpha and frozen_rank_init do nothing; set frozen_rank"),
-        ({"frozen_rank_init": "svd"}, r"frozen_rank is 0, so frozen_alpha and frozen_rank_init do nothing"),
+        (
+            {"frozen_rank": 0, "frozen_alpha": 8},
+            r"frozen_rank is 0, so frozen_alpha and frozen_rank_init do nothing; set frozen_rank",
+        ),
+        (
+            {"frozen_rank": 0, "frozen_rank_init": "svd"},
+            r"frozen_rank is 0, so frozen_alpha and frozen_rank_init do nothing",
+        ),
         ({"frozen_rank": 4, "frozen_rank_init": "loftq"}, r"frozen_rank_init is 'loftq'; allowed: \['zero', 'svd'\]"),
         (
             {"frozen_rank": 4, "frozen_rank_init": "svd", "quantization": "none"},

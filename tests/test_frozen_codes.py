@@ -16,7 +16,7 @@ METHODS = ["gptq", "descent"]
 
 
 def config(samples=None, **fields):
-    fields = {"layers_to_transform": [1, 3], "quantization_calibration": "gptq", **fields}
+    fields = {"layers_to_transform": [1, 3], "quantization_calibration": "gptq", "frozen_rank": 0, **fields}
     return AdaptQConfig(task_type="CAUSAL_LM", calibration_data=samples, **fields)
 
 

@@ -13,7 +13,9 @@ from adaptq_peft.selection import find_blocks
 
 
 def wrap(model, blocks, **fields):
-    return get_peft_model(model, AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=blocks, **fields)).train()
+    return get_peft_model(
+        model, AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=blocks, frozen_rank=0, **fields)
+    ).train()
 
 
 def run(model, batch):
@@ -83,7 +85,7 @@ def test_blocks_below_are_not_checkpointed_and_those_above_are(model):
 
 def test_the_input_hook_follows_the_active_adapter_and_can_be_taken_off(llama, batch):
     wrapped = wrap(llama, [2], quantization="none")
-    wrapped.add_adapter("low", AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[1], quantization="none"))
+    wrapped.add_adapter("low", AdaptQConfig(layers_to_transform=[1], quantization="none", frozen_rank=0))
     wrapped.enable_input_require_grads()
     assert run(wrapped, batch)[0] == [False, False, True, True]
     wrapped.set_adapter("low")
@@ -95,7 +97,7 @@ def test_the_input_hook_follows_the_active_adapter_and_can_be_taken_off(llama, b
 def test_the_input_hook_stays_one_when_an_adapter_is_added(llama, batch):
     wrapped = wrap(llama, [2])
     wrapped.enable_input_require_grads()
-    wrapped.add_adapter("second", AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[2]))
+    wrapped.add_adapter("second", AdaptQConfig(layers_to_transform=[2], frozen_rank=0))
     assert [len(block.module._forward_pre_hooks) for block in find_blocks(llama)] == [0, 0, 1, 0]
     wrapped.disable_input_require_grads()
     assert not any(block.module._forward_pre_hooks for block in find_blocks(llama))

@@ -23,7 +23,9 @@ NAMES = ("hqq4", "hqq3", "hqq2")
 
 
 def config(**fields):
-    return AdaptQConfig(task_type="CAUSAL_LM", **{"layers_to_transform": [1, 3], "quantization": "hqq2", **fields})
+    return AdaptQConfig(
+        task_type="CAUSAL_LM", **{"layers_to_transform": [1, 3], "quantization": "hqq2", "frozen_rank": 0, **fields}
+    )
 
 
 def coded_blocks(model):

@@ -255,9 +255,13 @@ class TestModel:
         assert not any("down_proj" in name for name in corrected(wrapped))
         assert "model.layers.0.mlp.down_proj" in wrapped.base_model.quantization_report.left
 
-    def test_nothing_to_correct_is_said(self, llama):
-        with pytest.warns(UserWarning, match="frozen_rank is 4, and there is no linear to correct"):
-            get_peft_model(llama, config(layers_to_transform=[0, 1, 2, 3]))
+    @pytest.mark.parametrize(
+        "fields", [{"layers_to_transform": [0, 1, 2, 3]}, {"target_modules": ["layers.0.mlp.up_proj"]}]
+    )
+    def test_where_there_is_nothing_to_correct(self, llama, fields):
+        wrapped = get_peft_model(llama, config(**{"layers_to_transform": None, **fields}))
+        assert not corrected(wrapped)
+        assert wrapped.base_model.quantization_report.corrected == []
 
     def test_a_failure_takes_everything_back(self, model, batch, monkeypatch):
         expected, names = logits(model, batch), list(model.state_dict())

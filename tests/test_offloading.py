@@ -65,7 +65,7 @@ def logits(model, batch):
 
 
 def wrap(model, **fields):
-    return get_peft_model(model, AdaptQConfig(task_type="CAUSAL_LM", **fields))
+    return get_peft_model(model, AdaptQConfig(task_type="CAUSAL_LM", **{"frozen_rank": 0, **fields}))
 
 
 def offloaded_names(model):

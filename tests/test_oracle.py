@@ -38,7 +38,9 @@ def loss_curve(model, lr, optimizer=torch.optim.SGD):
 
 
 def wrap(model, **fields):
-    return get_peft_model(model, AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=BLOCKS, **fields))
+    return get_peft_model(
+        model, AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=BLOCKS, frozen_rank=0, **fields)
+    )
 
 
 @pytest.mark.parametrize(("optimizer", "lr"), [(torch.optim.SGD, 0.5), (torch.optim.Adam, 1e-3)])

@@ -122,9 +122,9 @@ def test_it_is_the_model_that_the_swap_in_memory_makes(build, batch, tmp_path, k
     model_class = build(kind, tmp_path)
     split = load_split(model_class, tmp_path, [1])
     quantized = quantized_names(split)
-    split = get_peft_model(split, AdaptQConfig(layers_to_transform=[1]))
+    split = get_peft_model(split, AdaptQConfig(layers_to_transform=[1], frozen_rank=0))
     swapped = model_class.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    swapped = get_peft_model(swapped, AdaptQConfig(layers_to_transform=[1]))
+    swapped = get_peft_model(swapped, AdaptQConfig(layers_to_transform=[1], frozen_rank=0))
     assert quantized == quantized_names(swapped.get_base_model()) == quantized_names(split.get_base_model())
     assert_same_model(split, swapped, batch)
 
@@ -144,7 +144,7 @@ def test_it_is_the_model_that_the_swap_in_memory_makes(build, batch, tmp_path, k
 def test_every_quantization_and_dtype(build, batch, tmp_path, kind, dtype, quantization):
     """The checkpoint is in float32, so it is cast before it is quantized, as when it is loaded and then swapped."""
     model_class = build(kind, tmp_path, torch.float32)
-    config = AdaptQConfig(layers_to_transform=[0, 2], quantization=quantization)
+    config = AdaptQConfig(layers_to_transform=[0, 2], quantization=quantization, frozen_rank=0)
     split = get_peft_model(load_split(model_class, tmp_path, config, dtype), config)
     swapped = get_peft_model(model_class.from_pretrained(tmp_path, dtype=dtype), config)
     assert_same_model(split, swapped, batch)
@@ -154,10 +154,10 @@ def test_every_quantization_and_dtype(build, batch, tmp_path, kind, dtype, quant
 def test_training_gives_the_same_losses(build, batch, train, tmp_path, kind):
     model_class = build(kind, tmp_path)
     split = get_peft_model(
-        load_split(model_class, tmp_path, [1], torch.float32), AdaptQConfig(layers_to_transform=[1])
+        load_split(model_class, tmp_path, [1], torch.float32), AdaptQConfig(layers_to_transform=[1], frozen_rank=0)
     )
     swapped = model_class.from_pretrained(tmp_path, dtype=torch.float32)
-    swapped = get_peft_model(swapped, AdaptQConfig(layers_to_transform=[1]))
+    swapped = get_peft_model(swapped, AdaptQConfig(layers_to_transform=[1], frozen_rank=0))
     losses = train(split, batch)
     assert losses == train(swapped, batch)
     assert losses[-1] < losses[0]
@@ -223,9 +223,9 @@ def test_linears_that_transformers_does_not_quantize(batch, tmp_path):
     with pytest.warns(UserWarning, match=message):
         split = load_split(FalconForCausalLM, tmp_path, [1])
     assert quantized_names(split) == set()
-    split = get_peft_model(split, AdaptQConfig(layers_to_transform=[1]))
+    split = get_peft_model(split, AdaptQConfig(layers_to_transform=[1], frozen_rank=0))
     swapped = FalconForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert_same_model(split, get_peft_model(swapped, AdaptQConfig(layers_to_transform=[1])), batch)
+    assert_same_model(split, get_peft_model(swapped, AdaptQConfig(layers_to_transform=[1], frozen_rank=0)), batch)
 
 
 def test_excluded_modules_stay(build, tmp_path):

@@ -40,7 +40,7 @@ def load(checkpoint, quantization_config=None):
 
 
 def config(**fields):
-    return AdaptQConfig(task_type="CAUSAL_LM", **{"layers_to_transform": [1, 3], **fields})
+    return AdaptQConfig(task_type="CAUSAL_LM", **{"layers_to_transform": [1, 3], "frozen_rank": 0, **fields})
 
 
 def forms(model):

@@ -24,7 +24,7 @@ def test_magnitude_grows_with_depth_so_the_papers_rule_takes_the_last_blocks(tex
     model, tokenizer = load_demo_model()
     profile = profile_activations(model, texts.domain_train, tokenizer=tokenizer, samples=50, max_length=64)
     assert all(lower < upper for lower, upper in pairwise(profile.magnitude))
-    config = AdaptQConfig(task_type="CAUSAL_LM", profile=profile)
+    config = AdaptQConfig(task_type="CAUSAL_LM", profile=profile, selection_strategy="activation")
     get_peft_model(model, config)
     assert config.layers_to_transform == list(range(15, 30))
 

@@ -28,7 +28,7 @@ def saved(make_model, samples, batch, tmp_path):
         base = make_model(kind, seed=seed).to(dtype)
         base.save_pretrained(tmp_path / "base")
         base = type(base).from_pretrained(tmp_path / "base", dtype=dtype)
-        config = AdaptQConfig(task_type="CAUSAL_LM", calibration_data=samples, **fields)
+        config = AdaptQConfig(task_type="CAUSAL_LM", calibration_data=samples, **{"frozen_rank": 0, **fields})
         wrapped = get_peft_model(base, config)
         randomize(wrapped)
         wrapped.save_pretrained(tmp_path / "adapter")
@@ -82,7 +82,7 @@ def test_the_file_holds_the_deltas_and_nothing_else(saved):
     with safe_open(adapter_dir / WEIGHTS, "pt") as file:
         names = set(file.keys())
     assert names == {name.replace(".adaptq_delta.default.", ".adaptq_delta.") for name in trainable}
-    assert "base_model.model.model.layers.3.mlp.up_proj.adaptq_delta.weight" in names
+    assert "base_model.model.model.layers.0.mlp.up_proj.adaptq_delta.weight" in names
     assert sorted(path.name for path in adapter_dir.iterdir()) == ["README.md", CONFIG, WEIGHTS]
 
 

@@ -19,7 +19,7 @@ RANKS = {"first": 2, "second": 4, "third": 0}  # of corrections, in TestMixedRan
 
 def config(name, **fields):
     fields = {"layers_to_transform": BLOCKS[name], "original_weights": "keep", **fields}
-    return AdaptQConfig(task_type="CAUSAL_LM", **fields)
+    return AdaptQConfig(task_type="CAUSAL_LM", **{"frozen_rank": 0, **fields})
 
 
 def alone(base, name, **fields):
@@ -168,7 +168,7 @@ def test_a_combination_covers_the_blocks_of_both(base, batch):
     assert model.peft_config["both"].layers_to_transform == [0, 1, 3]
     model.set_adapter("both")
     both = logits(model, batch)
-    expected = get_peft_model(copy.deepcopy(base), AdaptQConfig(layers_to_transform=[0, 1, 3]), adapter_name="both")
+    expected = get_peft_model(copy.deepcopy(base), config("first", layers_to_transform=[0, 1, 3]), adapter_name="both")
     for layer, own in zip(expected.modules(), _layers_in_order(model, expected), strict=True):
         if isinstance(layer, AdaptQLayer):
             layer.adaptq_delta["both"].load_state_dict(own.adaptq_delta["both"].state_dict())

@@ -18,7 +18,9 @@ from adaptq_peft.selection import find_blocks
 
 
 def wrap(model, samples, **fields):
-    return get_peft_model(model, AdaptQConfig(task_type="CAUSAL_LM", calibration_data=samples, **fields))
+    return get_peft_model(
+        model, AdaptQConfig(task_type="CAUSAL_LM", calibration_data=samples, **{"frozen_rank": 0, **fields})
+    )
 
 
 def snapshot(model):

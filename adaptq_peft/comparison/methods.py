@@ -138,17 +138,19 @@ def _baselines() -> Iterator[Method]:
 
 
 def _adaptq_main() -> Iterator[Method]:
-    half, mixed = adaptq_options(), adaptq_options(frozen_rank=8)
-    paper = adaptq_options(delta_scaling=1.0)
+    half, mixed = _adaptq_options(), _adaptq_options(frozen_rank=8)
+    paper = _adaptq_options(delta_scaling=1.0)
     yield Method("adaptq-paper", "ADAPT-Q-50, the paper's recipe", _adaptq, paper, fixed_rate=5e-5, accumulation=4)
-    yield Method("adaptq-10", "ADAPT-Q-10", _adaptq, adaptq_options(selection_ratio=0.1))
-    yield Method("adaptq-20", "ADAPT-Q-20", _adaptq, adaptq_options(selection_ratio=0.2))
+    yield Method("adaptq-10", "ADAPT-Q-10", _adaptq, _adaptq_options(selection_ratio=0.1))
+    yield Method("adaptq-20", "ADAPT-Q-20", _adaptq, _adaptq_options(selection_ratio=0.2))
     yield Method("adaptq-50", "ADAPT-Q-50", _adaptq, half)
     yield Method("adaptq-50-anchor", "ADAPT-Q-50 + anchor", _adaptq, half, anchor="general")
     yield Method("adaptq-50-mixed", "ADAPT-Q-50 mixed rank", _adaptq, mixed)
     name, title = "adaptq-50-mixed-anchor", "ADAPT-Q-50 mixed rank + anchor"
     yield Method(name, title, _adaptq, mixed, anchor="general")
     yield Method(f"{name}-budget", f"{title} + budget", _adaptq, mixed, anchor="general", finish="budget")
+    default = _adaptq_options(selection_strategy="update", frozen_rank=8)
+    yield Method("adaptq-default", "ADAPT-Q, the defaults", _adaptq, default)
     recipe = _recipe_options(delta_scaling=0.125)
     name, title = "adaptq-recipe", "ADAPT-Q, the recipe"
     yield Method(name, title, _adaptq, recipe, anchor="general")
@@ -160,22 +162,22 @@ def _adaptq_main() -> Iterator[Method]:
 
 def _ablations() -> Iterator[Method]:
     for rule in selection_strategy_names():
-        options = adaptq_options(selection_strategy=rule)
+        options = _adaptq_options(selection_strategy=rule)
         yield Method(f"select-{rule}", f"ADAPT-Q-50, blocks by {rule}", _adaptq, options, group="selection")
     for percent in (10, 20, 30, 50, 70, 100):
-        options = adaptq_options(selection_ratio=percent / 100)
+        options = _adaptq_options(selection_ratio=percent / 100)
         yield Method(f"ratio-{percent}", f"ADAPT-Q, {percent}% of the blocks", _adaptq, options, group="ratio")
     for scaling in (0.0625, 0.125, 0.25, 0.5, 1.0):
         title = f"ADAPT-Q, the recipe without anchor, delta_scaling {scaling:g}"
         yield Method(f"scaling-{scaling:g}", title, _adaptq, _recipe_options(scaling), group="scaling")
     for name in QUANTIZATION_NAMES:
-        options = adaptq_options(quantization=name)
+        options = _adaptq_options(quantization=name)
         yield Method(f"frozen-{name}", f"ADAPT-Q-50, frozen in {name}", _adaptq, options, group="precision")
-    options = adaptq_options(quantization_calibration="auto")
+    options = _adaptq_options(quantization_calibration="auto")
     yield Method("frozen-nf4-calibrated", "ADAPT-Q-50, calibrated NF4", _adaptq, options, group="precision")
 
 
-def adaptq_options(**changes: Any) -> dict[str, Any]:
+def _adaptq_options(**changes: Any) -> dict[str, Any]:
     """Fields of `AdaptQConfig`: the plain method on half the blocks, with changes.
 
     All that the tables vary are written out: a run stays what it was when the library's defaults change, and methods
@@ -194,7 +196,7 @@ def adaptq_options(**changes: Any) -> dict[str, Any]:
 
 def _recipe_options(delta_scaling: float) -> dict[str, Any]:
     """Half of the blocks by "update", the others calibrated and with low-rank corrections."""
-    return adaptq_options(
+    return _adaptq_options(
         selection_strategy="update", quantization_calibration="auto", frozen_rank=8, delta_scaling=delta_scaling
     )
 

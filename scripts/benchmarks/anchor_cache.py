@@ -64,7 +64,7 @@ def main() -> None:
         hidden = [base.model(input_ids=ids[None]).last_hidden_state[0] for ids in texts]
         answers = [head(rows).float() for rows in hidden]
         count = len(base.model.layers)
-        config = AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=list(range(count // 2, count)))
+        config = AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=list(range(count // 2, count)), frozen_rank=0)
         student = get_peft_model(base, config).eval()
     width, vocabulary = hidden[0].shape[-1], answers[0].shape[-1]
     index_bytes = 2 if vocabulary <= 2**16 else 4

@@ -55,7 +55,9 @@ def wrap(base: torch.nn.Module, method: str, arguments: argparse.Namespace) -> t
     if method.startswith("lora"):
         return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"))
     blocks = list(range(count - count // 2, count))
-    config = AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=blocks, delta_scaling=arguments.delta_scaling)
+    config = AdaptQConfig(
+        task_type="CAUSAL_LM", layers_to_transform=blocks, delta_scaling=arguments.delta_scaling, frozen_rank=0
+    )
     return get_peft_model(base, config)
 
 

@@ -62,6 +62,7 @@ def main() -> None:
         task_type="CAUSAL_LM",
         layers_to_transform=list(range(count - count // 2, count)),
         quantization=arguments.quantization,
+        frozen_rank=0,
     )
     model = get_peft_model(base, config, autocast_adapter_dtype=False).train()
     steps = make_steps(model, batch, anchor)

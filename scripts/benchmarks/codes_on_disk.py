@@ -29,7 +29,12 @@ def main() -> None:
     data = [{"input_ids": tokens}]
     with tempfile.TemporaryDirectory() as folder:
         base = quantize_base(model, folder, data=data, calibration="absmax", tokens=arguments.tokens)
-        common = {"selection_strategy": "last", "num_adapted_blocks": count // 2, "delta_dtype": "bfloat16"}
+        common = {
+            "selection_strategy": "last",
+            "num_adapted_blocks": count // 2,
+            "delta_dtype": "bfloat16",
+            "frozen_rank": 0,
+        }
         fields = {
             "codes_in_the_adapter": {"quantization_calibration": "absmax", "calibration_data": data},
             "reference_to_the_base": {"quantized_base": folder},

@@ -79,7 +79,13 @@ def measure(folder: str, arguments: argparse.Namespace) -> dict[str, object]:
     stages["profile"] = describe(None, memory, start)
 
     start = time.perf_counter()
-    config = AdaptQConfig(profile=profile, selection_ratio=arguments.ratio, delta_dtype="bfloat16")
+    config = AdaptQConfig(
+        profile=profile,
+        selection_ratio=arguments.ratio,
+        selection_strategy="activation",
+        frozen_rank=0,
+        delta_dtype="bfloat16",
+    )
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=adaptq_bnb_config(config, folder))
     stages["from_pretrained"] = describe(model, memory, start)
 

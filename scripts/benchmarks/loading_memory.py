@@ -81,7 +81,9 @@ def measure(variant: str, folder: str, arguments: argparse.Namespace) -> dict[st
         folder, dtype=dtype, device_map=arguments.device, quantization_config=quantization
     )
     loaded = describe(model, memory)
-    model = get_peft_model(model, AdaptQConfig(layers_to_transform=blocks), autocast_adapter_dtype=False)
+    model = get_peft_model(
+        model, AdaptQConfig(layers_to_transform=blocks, frozen_rank=0), autocast_adapter_dtype=False
+    )
     return {"after from_pretrained": loaded, "after get_peft_model": describe(model, memory)}
 
 

@@ -52,7 +52,7 @@ def make_variants(folder: str, arguments: argparse.Namespace) -> dict[str, Calla
         "bitsandbytes": lambda: load(quantization_config=own),
         "split": lambda: load(quantization_config=adaptq_bnb_config(adapted, folder)),
         "swapped": swapped,
-        "adapter": lambda: get_peft_model(load(), AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=adapted)),
+        "adapter": lambda: get_peft_model(load(), AdaptQConfig(layers_to_transform=adapted, frozen_rank=0)),
     }
 
 

@@ -28,7 +28,9 @@ def run_once(seed: int, arguments: argparse.Namespace) -> dict[str, dict[str, fl
     model, tokenizer = load_demo_model()
     texts = load_demo_texts()
     evaluation = EvaluationSet(texts.domain_test, texts.general_test, max_tokens=arguments.tokens)
-    config = AdaptQConfig(task_type="CAUSAL_LM", selection_strategy=arguments.strategy, original_weights="keep")
+    config = AdaptQConfig(
+        task_type="CAUSAL_LM", selection_strategy=arguments.strategy, original_weights="keep", frozen_rank=0
+    )
     wrapped = get_peft_model(model, config)
     train(
         wrapped,

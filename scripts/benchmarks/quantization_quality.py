@@ -68,6 +68,7 @@ def prepare(model: nn.Module, side: str, method: str, domain, general) -> nn.Mod
     config = AdaptQConfig(
         task_type="CAUSAL_LM",
         layers_to_transform=list(half),
+        frozen_rank=0,
         quantization="auto" if bits else "nf4",
         weight_budget=f"{bits} bits" if bits else None,
         quantization_calibration=None if rounding == "plain" else rounding,

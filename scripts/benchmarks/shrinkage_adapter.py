@@ -37,6 +37,7 @@ def wrap(base: nn.Module, arguments: argparse.Namespace, samples: list) -> nn.Mo
     config = AdaptQConfig(
         task_type="CAUSAL_LM",
         selection_ratio=arguments.ratio,
+        selection_strategy="activation",
         quantization=arguments.quantization,
         frozen_rank=arguments.frozen_rank,
         delta_scaling=arguments.delta_scaling,

@@ -21,7 +21,9 @@ def main() -> None:
     model = load_model(arguments)
     before = measure_weight_bytes(model)
     count = len(find_blocks(model))
-    config = AdaptQConfig(task_type="CAUSAL_LM", selection_strategy="last", num_adapted_blocks=count // 2)
+    config = AdaptQConfig(
+        task_type="CAUSAL_LM", selection_strategy="last", num_adapted_blocks=count // 2, frozen_rank=0
+    )
     wrapped = get_peft_model(model, config)
     after = measure_weight_bytes(wrapped)
     deltas = sum(p.nbytes for p in wrapped.parameters() if p.requires_grad)

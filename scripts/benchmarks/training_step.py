@@ -3,7 +3,9 @@
     python scripts/benchmarks/training_step.py --batch 8 --length 256
 
 The variants, all with AdamW, run in turn in one process:
-- adaptq: the top half of the blocks adapted, the rest as `--quantization` says, deltas in the dtype of the weights;
+- adaptq: the paper's method: the top half of the blocks adapted, the rest as `--quantization` says and not trained,
+  deltas in the dtype of the weights;
+- default: `AdaptQConfig()`: half of the blocks by "update" on the batch, the rest with corrections of rank 8;
 - calibrated: the same with `quantization_calibration="auto"`; not in the default variants, since it takes minutes;
 - unfrozen: the same blocks of the same base unfrozen directly, without PEFT, the others quantized in the same way;
 - lora: PEFT's LoRA, r=8 on all linears, 16-bit base; qlora: the same with all linears of the blocks in NF4.
@@ -49,7 +51,14 @@ def make_adaptq(model: nn.Module, quantization: str, calibration: str | None = N
         layers_to_transform=top_half(model),
         quantization=quantization,
         quantization_calibration=calibration,
+        frozen_rank=0,
     )
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def make_default(model: nn.Module, quantization: str, batch: dict[str, torch.Tensor]) -> nn.Module:
+    data = [{"input_ids": row} for row in batch["input_ids"].tolist()]
+    config = AdaptQConfig(task_type="CAUSAL_LM", quantization=quantization, calibration_data=data)
     return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
@@ -85,21 +94,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--quantization", default="nf4", help="of the frozen blocks in adaptq and unfrozen")
-    parser.add_argument("--variants", nargs="+", default=["adaptq", "unfrozen", "lora", "qlora"])
+    parser.add_argument("--variants", nargs="+", default=["adaptq", "default", "unfrozen", "lora", "qlora"])
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse()
+    base = load_model(arguments)
+    batch = random_batch(base, arguments.batch, arguments.length)
     makers = {
         "adaptq": lambda model: make_adaptq(model, arguments.quantization),
+        "default": lambda model: make_default(model, arguments.quantization, batch),
         "calibrated": lambda model: make_adaptq(model, arguments.quantization, "auto"),
         "unfrozen": lambda model: make_unfrozen(model, arguments.quantization),
         "lora": lambda model: make_lora(model, "none"),
         "qlora": lambda model: make_lora(model, "nf4"),
     }
-    base = load_model(arguments)
-    batch = random_batch(base, arguments.batch, arguments.length)
     models = {name: makers[name](copy.deepcopy(base)) for name in arguments.variants}
     steps = {name: make_step(model, batch) for name, model in models.items()}
     seconds = time_in_turn(steps, arguments.repeats)

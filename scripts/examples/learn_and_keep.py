@@ -52,9 +52,7 @@ def main() -> None:
 
     config = AdaptQConfig(
         task_type="CAUSAL_LM",
-        selection_strategy="update",
         quantization_calibration="auto",
-        frozen_rank=8,
         delta_scaling=0.125,
         calibration_data=train,
         general_calibration_data=general,

@@ -121,8 +121,8 @@ def _configs(variants: dict[str, dict[str, Any]]) -> Values:
 
 
 def _all_blocks(task_type: str) -> Values:
-    """For tests that set `layers_to_transform` themselves and compare with all blocks."""
-    kwargs = {"task_type": task_type, "selection_ratio": 1.0, "selection_strategy": "first"}
+    """For tests that set `layers_to_transform` themselves, and compare what is adapted with that of all blocks."""
+    kwargs = {"task_type": task_type, "selection_ratio": 1.0, "selection_strategy": "first", "frozen_rank": 0}
     return _configs({"plain": {**kwargs, "quantization": "none"}, "nf4": kwargs})
 
 

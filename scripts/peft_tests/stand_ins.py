@@ -54,8 +54,12 @@ def install_packages() -> list[str]:
 def from_lora_config(
     *args: Any, r: Any = None, lora_alpha: Any = None, init_lora_weights: bool = True, bias: Any = None, **kwargs: Any
 ) -> AdaptQConfig:
-    """`AdaptQConfig` where a test that is the same for every method writes `LoraConfig`."""
-    return AdaptQConfig(*args, init_weights=init_lora_weights, quantization="none", **kwargs)
+    """`AdaptQConfig` where a test that is the same for every method writes `LoraConfig`.
+
+    It adapts all blocks, or those that the test names and nothing else.
+    """
+    chosen: dict[str, Any] = {"selection_strategy": "first", "selection_ratio": 1.0, "frozen_rank": 0, **kwargs}
+    return AdaptQConfig(*args, init_weights=init_lora_weights, quantization="none", **chosen)
 
 
 #: Patterns of "file.Class.test" of tests that write `LoraConfig` but check what every method shares.

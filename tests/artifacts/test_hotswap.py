@@ -111,7 +111,7 @@ def test_a_scale_that_was_set_for_the_old_deltas_is_reset(base, save_adapter, ba
 
 
 def test_what_describes_the_deltas_goes_with_them(base, save_adapter, samples):
-    chosen = {"layers_to_transform": None, "calibration_data": samples}
+    chosen = {"layers_to_transform": None, "selection_strategy": "activation", "calibration_data": samples}
     first, second = save_adapter("first", 1), save_adapter("second", 2, **chosen)
     model = load(base, first)
     assert model.peft_config["default"].profile is None

@@ -14,7 +14,9 @@ from adaptq_peft.layer import AdaptQLayer, AdaptQLinear
 def low_rank_adapter(model, rank=4, **fields):
     """An adapter whose linear deltas have the given rank, and whose other deltas are zero."""
     torch.manual_seed(0)
-    config = AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[1, 3], quantization="none", **fields)
+    config = AdaptQConfig(
+        task_type="CAUSAL_LM", layers_to_transform=[1, 3], quantization="none", frozen_rank=0, **fields
+    )
     wrapped = get_peft_model(model, config).eval()
     for layer in wrapped.modules():
         if isinstance(layer, AdaptQLinear):

@@ -50,14 +50,15 @@ def test_the_section_says_what_the_adapter_is(adapted, tmp_path):
     text, config = section(tmp_path / "adapter"), model.peft_config["default"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert "`W0 + 0.25 * delta`, on 2 of 4 transformer blocks; the other 2 are frozen, their linears quantized" in text
+    assert "quantized, with low-rank corrections of rank 8." in text
     assert row(text, "base model") == ["base model", f"`{tmp_path / 'base'}`, llama, float32"]
     assert re.fullmatch(r"values of \d+ tensors, SHA-256 `[0-9a-f]{16}`", row(text, "recognized by")[1])
-    assert row(text, "adapted blocks")[1] == "2-3 (2 of 4), rule `activation` on 60 samples, 414 tokens"
+    assert row(text, "adapted blocks")[1] == "0-1 (2 of 4), rule `update` on 60 samples, 414 tokens"
     assert row(text, "frozen blocks")[1] == "linears in 4 bits, NF4, nested absmax (bitsandbytes)"
     assert row(text, "trained parameters")[1] == f"{trained:,}"
     assert row(text, "adapter file")[1] == f"{(tmp_path / 'adapter' / WEIGHTS).stat().st_size / 1e6:,.1f} MB"
     assert row(text, "saved by")[1].startswith(f"adaptq_peft {adaptq_peft.__version__}, PEFT ")
-    for index, state in enumerate(["frozen", "frozen", "adapted", "adapted"]):
+    for index, state in enumerate(["adapted", "adapted", "frozen", "frozen"]):
         figures = [f"{getattr(config.profile, name)[index]:.3g}" for name in ("magnitude", "update")]
         assert row(text, str(index)) == [str(index), *figures, state]
     assert "Perplexity" not in text
@@ -238,7 +239,7 @@ def test_trainer_checkpoints_the_final_model_and_its_own_card(adapted, batch, tm
     trainer = Trainer(adapted(), arguments, train_dataset=data)
     trainer.train()
     for number in (1, 2):
-        assert "2-3 (2 of 4)" in section(folder / f"checkpoint-{number}")
+        assert "0-1 (2 of 4)" in section(folder / f"checkpoint-{number}")
     trainer.save_model()
     before = section(folder)
     trainer.create_model_card(model_name="mine")  # writes the card anew

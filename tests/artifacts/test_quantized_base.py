@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,9 @@ class TestWhatAnAdapterTakes:
         monkeypatch.setattr("adaptq_peft.frozen_codes.quantize_calibrated", None)
         model = adapted(base, folder)
         model.save_pretrained(tmp_path / "adapter")
-        assert all(".adaptq_delta." in name for name in load_file(tmp_path / "adapter" / WEIGHTS))
+        assert all(
+            re.search(r"\.adaptq_(delta|low_rank_[AB])\.", name) for name in load_file(tmp_path / "adapter" / WEIGHTS)
+        )
         saved = json.loads((tmp_path / "adapter" / CONFIG).read_text())["quantized_base"]
         digest = hashlib.sha256((folder / FILE_NAME).read_bytes()).hexdigest()
         assert saved == {"name_or_path": str(folder), "revision": None, "sha256": digest}

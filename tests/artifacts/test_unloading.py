@@ -13,7 +13,7 @@ from adaptq_peft.quantization import is_quantized
 
 
 def config(**fields):
-    return AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[3], **fields)
+    return AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[3], **{"frozen_rank": 0, **fields})
 
 
 def is_plain(model):

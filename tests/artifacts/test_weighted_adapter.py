@@ -9,7 +9,9 @@ from adaptq_peft.layer import AdaptQLayer
 
 
 def config(blocks, **fields):
-    return AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=blocks, init_weights=False, **fields)
+    return AdaptQConfig(
+        task_type="CAUSAL_LM", layers_to_transform=blocks, init_weights=False, **{"frozen_rank": 0, **fields}
+    )
 
 
 @pytest.fixture

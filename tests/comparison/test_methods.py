@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 
 from adaptq_peft import register_selection_strategy
 from adaptq_peft.comparison import training
-from adaptq_peft.comparison.methods import Inputs, adaptq_options, method_names, quantize_lower_blocks, resolve_methods
+from adaptq_peft.comparison.methods import Inputs, method_names, quantize_lower_blocks, resolve_methods
 from adaptq_peft.comparison.records import Run
 from adaptq_peft.comparison.training import results, train_run
 from adaptq_peft.quantization import is_quantized
@@ -149,8 +149,8 @@ def test_methods_of_one_training_do_not_see_each_others_changes(load, windows, m
 def test_written_out_options_are_the_defaults_of_the_config():
     from adaptq_peft import AdaptQConfig
 
-    config = AdaptQConfig()
-    assert adaptq_options() == {name: getattr(config, name) for name in adaptq_options()}
+    config, options = AdaptQConfig(), run_of("adaptq-default").method.options
+    assert options == {name: getattr(config, name) for name in options}
 
 
 def test_rates_of_full_rank_and_of_fixed_recipes():

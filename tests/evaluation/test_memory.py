@@ -31,8 +31,9 @@ def tiny_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
-def adapted_llama(quantization: str = "nf4"):
-    return get_peft_model(tiny_llama(), AdaptQConfig(layers_to_transform=[2, 3], quantization=quantization))
+def adapted_llama(quantization: str = "nf4", frozen_rank: int = 0):
+    config = AdaptQConfig(layers_to_transform=[2, 3], quantization=quantization, frozen_rank=frozen_rank)
+    return get_peft_model(tiny_llama(), config)
 
 
 def nested_4bit_bytes(size: int) -> int:
@@ -70,10 +71,12 @@ def test_int8_counts_codes_and_row_scales():
     assert measured.quantized_linears == 2 * (sum(LINEAR_SIZES) + 4 * rows)
 
 
-def test_deltas_are_counted_apart():
-    model = adapted_llama("none")
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_is_trained_is_counted_apart(rank):
+    model = adapted_llama("none", rank)
     measured, plain = measure_weight_bytes(model), measure_weight_bytes(tiny_llama())
-    assert measured.adapters == 2 * (sum(LINEAR_SIZES) + NORMS_IN_BLOCK) * 4
+    corrections = rank * (4 * 2 * WIDTH + 3 * (WIDTH + INNER))
+    assert measured.adapters == 2 * (sum(LINEAR_SIZES) + NORMS_IN_BLOCK + corrections) * 4
     assert measured.base == plain.base
     assert measured.total == plain.total + measured.adapters
 

@@ -65,7 +65,7 @@ def adapt(load):
     """Builds a PEFT model with a random adapter on blocks 1 and 3: `adapt(std=0.02, **config fields)`."""
 
     def build(std: float = 0.02, **fields):
-        config = AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[1, 3], **fields)
+        config = AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[1, 3], **{"frozen_rank": 0, **fields})
         model = get_peft_model(load(), config)
         randomize(model, std=std)
         return model

@@ -18,7 +18,7 @@ VOCABULARY = 96
 
 
 def adaptq(model, quantization="nf4"):
-    config = AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[2, 3], quantization=quantization)
+    config = AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[2, 3], quantization=quantization, frozen_rank=0)
     return get_peft_model(model, config)
 
 

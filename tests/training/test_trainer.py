@@ -140,7 +140,7 @@ class TestSettings:
 
     @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"])
     def test_optimizers(self, model, samples, run, optim):
-        trainer = run(wrap(model, samples), optim=optim, learning_rate=10.0 if optim == "sgd" else 1e-2)
+        trainer = run(wrap(model, samples), optim=optim, learning_rate=1.0 if optim == "sgd" else 1e-2)
         assert curve(trainer)[-1] < curve(trainer)[0]
 
     @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")  # it runs unpaged there
@@ -192,10 +192,10 @@ class TestGaLore:
             ("all-linear", r"_proj\.adaptq"),
             (["mlp"], r"(gate|up|down)_proj\.adaptq"),
             (["q_proj"], r"q_proj\.adaptq"),
-            (r".*\.q_proj\.adaptq_delta\.default", r"q_proj\.adaptq"),
+            (r".*\.q_proj\.adaptq_delta\.default", r"q_proj\.adaptq_delta"),
         ],
     )
-    def test_the_deltas_of_the_target_modules_are_projected(self, make_model, samples, run, targets, pattern):
+    def test_what_the_target_modules_train_is_projected(self, make_model, samples, run, targets, pattern):
         pytest.importorskip("galore_torch")
         trainer = run(wrap(make_model(), samples), optim_target_modules=targets, **GALORE)
         assert curve(trainer)[-1] < curve(trainer)[0]
