@@ -77,6 +77,7 @@ def plan(
     weight_budget: Annotated[
         str | None, typer.Option(help='With auto, for the linears of the frozen blocks: "5.0 bits" or "1.5GiB".')
     ] = None,
+    frozen_rank: Annotated[int, typer.Option(min=0, help="Rank of corrections on the frozen blocks; 0: none.")] = 8,
     delta_dtype: Annotated[str, typer.Option(help="Of what is trained, in all methods.")] = "float32",
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA and QLoRA.")] = 16,
     galore_rank: Annotated[int, typer.Option(min=1, help="Rank of galore_adamw.")] = 128,
@@ -94,6 +95,7 @@ def plan(
             layers_to_transform=_indices(blocks),
             quantization=quantization,
             weight_budget=weight_budget,
+            frozen_rank=frozen_rank,
             delta_dtype=delta_dtype,
         )
         if budget is not None:

@@ -120,9 +120,10 @@ def test_plan_says_where_the_weights_are_not_those_of_the_config(checkpoint):
 
 
 def test_plan_as_json_is_that_of_the_function(checkpoint):
-    result = RUNNER.invoke(app, ["plan", checkpoint, "--num-blocks", "1", "--quantization", "int8", "--json"])
+    options = ["--num-blocks", "1", "--quantization", "int8", "--frozen-rank", "2"]
+    result = RUNNER.invoke(app, ["plan", checkpoint, *options, "--json"])
     assert result.exit_code == 0, result.output
-    config = AdaptQConfig(num_adapted_blocks=1, quantization="int8", delta_dtype="float32")
+    config = AdaptQConfig(num_adapted_blocks=1, quantization="int8", frozen_rank=2, delta_dtype="float32")
     assert json.loads(result.output) == plan_memory(checkpoint, config).to_dict()
 
 

@@ -53,7 +53,7 @@ def main() -> None:
         optimizer.zero_grad()
         print(f"step {step}: loss {loss.item():.4f}")
 
-    model.save_pretrained(options.output)  # the deltas only
+    model.save_pretrained(options.output)  # what was trained, and nothing else
 
 
 if __name__ == "__main__":

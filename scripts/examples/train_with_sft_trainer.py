@@ -47,7 +47,7 @@ def main() -> None:
         peft_config=AdaptQConfig(task_type="CAUSAL_LM", calibration_data=dataset),
     )
     trainer.train()
-    trainer.save_model()  # the deltas only
+    trainer.save_model()  # what was trained, and nothing else
 
 
 if __name__ == "__main__":
