@@ -55,7 +55,7 @@ def _rows(methods: list[MethodMemory]) -> list[tuple[str, list[str]]]:
         ("linears of the blocks, quantized", [_gib(part.quantized_linears) for part in weights]),
         ("linears of the blocks, others", [_gib(part.dense_linears) for part in weights]),
         ("everything else of the model", [_gib(part.other) for part in weights]),
-        ("deltas or LoRA matrices", [_gib(part.adapters) for part in weights]),
+        ("trained beside the weights", [_gib(part.adapters) for part in weights]),
         ("gradients", [_gib(method.gradients) for method in methods]),
     ]
 

@@ -68,9 +68,9 @@ def show_memory(console: Console, before: WeightBytes, after: WeightBytes, paper
         table.add_column(name, justify="left" if not name else "right")
     rows = (
         ("linears of the blocks", before.block_linears, after.block_linears, f"{paper_ratio:.4f}"),
-        ("whole model without deltas", before.base, after.base, ""),
-        ("deltas (trained)", before.adapters, after.adapters, ""),
-        ("whole model with deltas", before.total, after.total, ""),
+        ("whole model without the adapter", before.base, after.base, ""),
+        ("adapter (trained)", before.adapters, after.adapters, ""),
+        ("whole model with the adapter", before.total, after.total, ""),
     )
     for name, old, new, formula in rows:
         table.add_row(name, _megabytes(old), _megabytes(new), f"{new / old:.4f}" if old else "", formula)
