@@ -44,21 +44,21 @@ def show_inputs(console: Console, model: Mapping[str, Any], texts: Mapping[str, 
     console.print("\n".join(lines), markup=False, highlight=False)
 
 
-def show_profile(console: Console, magnitude: Sequence[float], adapted: Collection[int]) -> None:
-    """Print one bar for each block's mean absolute activation; the adapted blocks are marked."""
+def show_profile(
+    console: Console, magnitude: Sequence[float], update: Sequence[float], adapted: Collection[int]
+) -> None:
+    """Print what was profiled of each block, with a bar for its update, which chooses; adapted blocks are marked."""
     table = Table(title="Activation profile", title_justify="left", box=None, padding=(0, 1))
-    table.add_column("block", justify="right")
-    table.add_column("mean |activation|", justify="right")
+    for name in ("block", "mean |activation|", "update"):
+        table.add_column(name, justify="right")
     table.add_column("")
     table.add_column("")
-    for block, value in enumerate(magnitude):
+    for block, (mean, value) in enumerate(zip(magnitude, update, strict=True)):
         chosen = block in adapted
-        bar = Bar(size=max(magnitude), begin=0, end=value, width=44, color="blue" if chosen else "bright_black")
-        table.add_row(str(block), f"{value:.3f}", bar, "[blue]adapted[/]" if chosen else "[dim]quantized[/]")
+        bar = Bar(size=max(update), begin=0, end=value, width=36, color="blue" if chosen else "bright_black")
+        state = "[blue]adapted[/]" if chosen else "[dim]quantized[/]"
+        table.add_row(str(block), f"{mean:.3f}", f"{value:.3f}", bar, state)
     console.print(table)
-    last = list(range(len(magnitude) - len(adapted), len(magnitude)))
-    if list(adapted) == last != list(range(len(magnitude))):
-        console.print(f"[dim]These are the last {len(last)} blocks: in this model activations grow with depth.[/]")
 
 
 def show_memory(console: Console, before: WeightBytes, after: WeightBytes, paper_ratio: float) -> None:

@@ -180,7 +180,7 @@ def _show_adaptation(run: _Run, before: WeightBytes, adapted: PeftModel) -> None
         "block_linears_ratio": after.block_linears / before.block_linears,
         "paper_ratio": ratio,
     }
-    display.show_profile(run.console, profile.magnitude, chosen)
+    display.show_profile(run.console, profile.magnitude, profile.update, chosen)
     display.show_memory(run.console, before, after, ratio)
 
 
