@@ -5,8 +5,8 @@
 The variants, all with AdamW, run in turn in one process:
 - adaptq: the paper's method: the top half of the blocks adapted, the rest as `--quantization` says and not trained,
   deltas in the dtype of the weights;
-- default: `AdaptQConfig()`: half of the blocks by "update" on the batch, the rest with corrections of rank 8;
 - calibrated: the same with `quantization_calibration="auto"`; not in the default variants, since it takes minutes;
+- default: `AdaptQConfig()`: half of the blocks by "update" on the batch, the rest with corrections of rank 8;
 - unfrozen: the same blocks of the same base unfrozen directly, without PEFT, the others quantized in the same way;
 - lora: PEFT's LoRA, r=8 on all linears, 16-bit base; qlora: the same with all linears of the blocks in NF4.
 
@@ -93,7 +93,7 @@ def parse() -> argparse.Namespace:
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--quantization", default="nf4", help="of the frozen blocks in adaptq and unfrozen")
+    parser.add_argument("--quantization", default="nf4", help="of frozen blocks, in all variants but lora and qlora")
     parser.add_argument("--variants", nargs="+", default=["adaptq", "default", "unfrozen", "lora", "qlora"])
     return parser.parse_args()
 
