@@ -153,14 +153,14 @@ def test_every_quantization_and_dtype(build, batch, tmp_path, kind, dtype, quant
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bart"])
 def test_training_gives_the_same_losses(build, batch, train, tmp_path, kind):
     model_class = build(kind, tmp_path)
-    split = get_peft_model(
-        load_split(model_class, tmp_path, [1], torch.float32), AdaptQConfig(layers_to_transform=[1], frozen_rank=0)
-    )
-    swapped = model_class.from_pretrained(tmp_path, dtype=torch.float32)
-    swapped = get_peft_model(swapped, AdaptQConfig(layers_to_transform=[1], frozen_rank=0))
-    losses = train(split, batch)
-    assert losses == train(swapped, batch)
-    assert losses[-1] < losses[0]
+
+    def losses(model):
+        torch.manual_seed(0)  # corrections start at random
+        return train(get_peft_model(model, AdaptQConfig(layers_to_transform=[1])), batch, lr=0.01)
+
+    split = losses(load_split(model_class, tmp_path, [1], torch.float32))
+    assert split == losses(model_class.from_pretrained(tmp_path, dtype=torch.float32))
+    assert split[-1] < split[0]
 
 
 def test_adapted_blocks_and_the_head_stay_plain_linears(build, tmp_path):
