@@ -18,6 +18,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from support import logits
 from transformers import AutoModelForCausalLM
 
 import adaptq_peft
@@ -46,12 +47,6 @@ def put_into_cache(cache, repo_id, folder, revision="main"):
         pointer.unlink(missing_ok=True)
         pointer.symlink_to(os.path.relpath(blob, pointer.parent))
     return repo
-
-
-def logits(model, batch):
-    model.eval()
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate.utils import has_offloaded_params
 from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from support import logits
 from transformers import AutoModelForCausalLM
 
 import adaptq_peft.layer
@@ -56,12 +57,6 @@ def test_codes_of_a_quantized_base(offloaded, folder, batch, samples, tmp_path):
     with pytest.raises(ValueError, match="is not in memory: it is offloaded"):
         quantize_base(offloaded, tmp_path / "again", **options)
     assert torch.equal(logits(wrap(offloaded, **fields), batch), logits(wrap(whole, **fields), batch))
-
-
-def logits(model, batch):
-    model.eval()
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 def wrap(model, **fields):

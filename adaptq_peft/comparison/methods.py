@@ -130,7 +130,7 @@ def _baselines() -> Iterator[Method]:
     yield Method("lora-quantize", "LoRA, then half in NF4", _lora, every, finish="quantize")
     yield Method("lora-anchor", "LoRA + anchor", _lora, every, anchor="general")
     yield Method("lora-anchor-budget", "LoRA + anchor + budget", _lora, every, anchor="general", finish="budget")
-    wide: dict[str, Any] = {"r": 64, "lora_alpha": 128, "target_modules": "all-linear"}
+    wide = {**every, "r": 64, "lora_alpha": 128}
     yield Method("lora-64", "LoRA r=64 on all linears", _lora, wide)
     yield Method("lora-64-budget", "LoRA r=64 + budget", _lora, wide, finish="budget")
     yield Method("qlora", "QLoRA: all in NF4, LoRA", _quantized_lora, {"share": 1.0, **every})
