@@ -117,7 +117,7 @@ def test_an_error_in_adaptq_is_a_warning_and_peft_is_imported(site_packages, run
 
 
 def test_in_a_virtual_environment(tmp_path):
-    """An adapter is loaded by a program that imports only peft: not before autoload, but with it."""
+    """An adapter is loaded by a program that imports only peft: before, with and after autoload."""
     AdaptQConfig(task_type="CAUSAL_LM").save_pretrained(tmp_path / "adapter")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     python = str(tmp_path / "venv" / "bin" / "python")
@@ -134,3 +134,5 @@ def test_in_a_virtual_environment(tmp_path):
     assert run_python(load).stderr.splitlines()[-1] == "KeyError: 'ADAPTQ'"
     assert f"autoload is on: {purelib}" in run_python(command, "autoload", "on").stdout
     assert run_python(load).stdout == "<class 'adaptq_peft.config.AdaptQConfig'>\n"
+    assert f"autoload is off: {purelib}" in run_python(command, "autoload", "off").stdout
+    assert run_python(load).stderr.splitlines()[-1] == "KeyError: 'ADAPTQ'"
