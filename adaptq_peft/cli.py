@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -253,6 +254,8 @@ def compare(
         "general_valid": general_valid,
         "general_test": general_test,
     }
+    # A scheduler's signal, too, ends it so that the temporary folder with an untrained adapter goes.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         texts = read_study_texts(files) if any(files.values()) else None
         run_study(settings, model=model, texts=texts, dry_run=dry_run)

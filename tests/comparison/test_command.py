@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,14 @@ from adaptq_peft.cli import app
 from adaptq_peft.comparison import StudyError, StudySettings, plots
 
 RUNNER = CliRunner(env={"COLUMNS": "160", "NO_COLOR": "1"})
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    """The command takes a signal for itself."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture
@@ -88,3 +97,9 @@ def test_missing_matplotlib_is_said_before_anything_runs(monkeypatch):
     result = RUNNER.invoke(app, ["compare"])
     assert result.exit_code == 1
     assert 'pip install "adaptq_peft[demo]"' in result.output
+
+
+def test_a_signal_to_end_is_taken_as_an_interrupt(monkeypatch):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    monkeypatch.setattr(comparison, "run_study", lambda settings, **options: signal.raise_signal(signal.SIGTERM))
+    assert RUNNER.invoke(app, ["compare"]).exit_code == 130
