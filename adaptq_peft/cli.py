@@ -22,6 +22,8 @@ app = typer.Typer(
 @app.callback()
 def main() -> None:
     """ADAPTQ for PEFT. `adaptq COMMAND --help` says more."""
+    # A scheduler's signal, too, ends a command so that its temporary folders go.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @app.command()
@@ -254,8 +256,6 @@ def compare(
         "general_valid": general_valid,
         "general_test": general_test,
     }
-    # A scheduler's signal, too, ends it so that the temporary folder with an untrained adapter goes.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         texts = read_study_texts(files) if any(files.values()) else None
         run_study(settings, model=model, texts=texts, dry_run=dry_run)

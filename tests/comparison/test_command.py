@@ -16,14 +16,6 @@ from adaptq_peft.comparison import StudyError, StudySettings, plots
 RUNNER = CliRunner(env={"COLUMNS": "160", "NO_COLOR": "1"})
 
 
-@pytest.fixture(autouse=True)
-def _signals():
-    """The command takes a signal for itself."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
 @pytest.fixture
 def seen(monkeypatch):
     """What `run_study` was called with."""
