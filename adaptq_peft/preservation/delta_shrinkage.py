@@ -44,7 +44,7 @@ class DeltaShrinkage:
         model: a `PeftModel` with one active adapter, of ADAPTQ or LoRA.
         domain: text on which the adapter should go on to work.
         general: text on which it should do nothing.
-        batch_size: windows run at once.
+        batch_size: full windows run at once, or as many tokens in shorter ones.
         damping: see `ShrinkagePath.of`.
 
     Raises:

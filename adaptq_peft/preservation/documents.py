@@ -43,7 +43,7 @@ class DocumentBatch(NamedTuple):
 
     Args:
         input_ids: [windows, positions], int64, shorter windows padded on the right.
-        predicted: [windows, positions - 1], bool: whether the token after a position counts.
+        predicted: [windows, positions], bool: whether the token after a position counts; False at the last.
         targets: [predicted tokens], int64: those tokens.
         document: [predicted tokens], int64: the document that each belongs to.
     """
@@ -58,7 +58,7 @@ class DocumentBatch(NamedTuple):
 
         No attention mask is given: the padding is on the right, where no token of a causal model looks.
         """
-        logits = model(input_ids=self.input_ids.to(input_device(model))).logits[:, :-1]
+        logits = model(input_ids=self.input_ids.to(input_device(model))).logits
         return logits[self.predicted.to(logits.device)]
 
 
@@ -81,9 +81,17 @@ class Documents:
     stride: int
 
     def batches(self, batch_size: int) -> list[DocumentBatch]:
-        """Batches of at most `batch_size` windows, the longest first, so that little is padded."""
+        """Batches of at most `batch_size` full windows, or of more that are shorter and with padding no larger.
+
+        The longest windows come first, so that little is padded.
+        """
         ordered = sorted(self.windows, key=lambda window: -len(window.tokens))
-        return [_batch(ordered[start : start + batch_size]) for start in range(0, len(ordered), batch_size)]
+        batches, start = [], 0
+        while start < len(ordered):
+            count = batch_size * self.max_length // len(ordered[start].tokens)
+            batches.append(_batch(ordered[start : start + count]))
+            start += count
+        return batches
 
     def subset(self, documents: Sequence[int]) -> Documents:
         """Only these documents, numbered anew in the order given."""
@@ -176,7 +184,8 @@ def measure_documents(
     Args:
         model: is run in evaluation mode without gradients, on the device it is on; its mode is as before afterwards.
         documents: made by `tokenize_documents`.
-        batch_size: windows run at once. It changes the speed; the result only by float rounding.
+        batch_size: full windows run at once, or as many tokens in shorter ones. It changes the speed; the result
+            only by float rounding.
         progress: called with (batches done, batches in all) after each.
     """
     batches = documents.batches(batch_size)
@@ -243,9 +252,9 @@ def _windows(document: int, tokens: Sequence[int], max_length: int, stride: int)
 
 def _batch(windows: list[Window]) -> DocumentBatch:
     input_ids = nn.utils.rnn.pad_sequence([window.tokens for window in windows], batch_first=True)
-    position = torch.arange(1, input_ids.shape[1])
+    following = torch.arange(1, input_ids.shape[1] + 1)
     lengths = torch.tensor([len(window.tokens) for window in windows])[:, None]
     context = torch.tensor([window.num_context for window in windows])[:, None]
-    predicted = (position >= context) & (position < lengths)
+    predicted = (following >= context) & (following < lengths)
     document = torch.tensor([window.document for window in windows])[:, None].expand_as(predicted)
-    return DocumentBatch(input_ids, predicted, input_ids[:, 1:][predicted], document[predicted])
+    return DocumentBatch(input_ids, predicted, input_ids.roll(-1, 1)[predicted], document[predicted])

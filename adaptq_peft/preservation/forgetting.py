@@ -50,7 +50,7 @@ class BaseReference:
         domain: domain documents, or `None`.
         domain_losses: the base's losses on them, or `None`.
         domain_top: the base's likeliest tokens on them, by batch; `top_k` x 8 bytes a token.
-        batch_size: windows in a batch.
+        batch_size: full windows in a batch, or as many tokens in shorter ones.
     """
 
     general: Documents
@@ -85,7 +85,7 @@ class BaseReference:
             max_length: tokens in a window. Default 512.
             stride: distance of windows; `None` (default): `max_length`.
             max_tokens: tokens used of each document; `None` (default): all.
-            batch_size: windows run at once. Default 4.
+            batch_size: full windows run at once, or as many tokens in shorter ones. Default 4.
             top_k: for the KL: how many of the likeliest tokens are kept apart; the others are one class. Default 128.
 
         Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
-import torch
 from peft import PeftModel
 from torch import Tensor
 
@@ -32,7 +31,7 @@ def moments_by_block(
         names: dotted names of linears in the base model.
         domain: text on which the adapter should go on to work.
         general: text on which it should do nothing.
-        size: windows run at once.
+        size: full windows run at once, or as many tokens in shorter ones.
 
     Yields:
         Names of the linears that read the same tensor -> (domain, general), float32 [in, in] each. Those that do not
@@ -62,9 +61,8 @@ def padded_batches(documents: Documents, size: int) -> list[Batch]:
     """Keyword arguments for `model.forward`; masked are padding and tokens after which nothing is predicted."""
     batches: list[Batch] = []
     for batch in documents.batches(size):
-        mask = torch.zeros_like(batch.input_ids)
-        mask[:, :-1] = batch.predicted.flip(1).cumsum(1).flip(1) > 0
-        batches.append({"input_ids": batch.input_ids, "attention_mask": mask})
+        mask = batch.predicted.flip(1).cumsum(1).flip(1) > 0
+        batches.append({"input_ids": batch.input_ids, "attention_mask": mask.long()})
     return batches
 
 

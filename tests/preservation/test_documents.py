@@ -79,11 +79,18 @@ def test_mode_is_restored(load, tokenizer):
     assert model.training
 
 
+def test_short_windows_fill_a_batch_to_the_size_of_full_ones(tokenizer):
+    documents = tokenize_documents(tokenizer, ["a" * 7, "bbb", "ccc", "dd", "e"], max_length=8)
+    batches = documents.batches(1)
+    assert [batch.input_ids.shape for batch in batches] == [(1, 8), (2, 4), (2, 3)]
+    assert [batch.document.unique().tolist() for batch in batches] == [[0], [1, 2], [3, 4]]
+
+
 def test_progress_counts_batches(load, tokenizer):
     calls = []
-    documents = tokenize_documents(tokenizer, LONG, max_length=64)
-    measure_documents(load(), documents, batch_size=3, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(1, 2), (2, 2)]
+    documents = tokenize_documents(tokenizer, LONG, max_length=40)
+    measure_documents(load(), documents, batch_size=1, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(1, 3), (2, 3), (3, 3)]
 
 
 @pytest.mark.parametrize(
