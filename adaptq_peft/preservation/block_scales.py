@@ -133,6 +133,4 @@ def layers_by_block(model: nn.Module, adapter: str) -> list[tuple[Block, dict[st
 
 
 def _dot(gradient: Tensor | None, parameter: Tensor) -> float:
-    return (
-        0.0 if gradient is None else float(torch.dot(gradient.flatten().float(), parameter.detach().flatten().float()))
-    )
+    return 0.0 if gradient is None else float((gradient.float() * parameter.detach().float()).sum())
