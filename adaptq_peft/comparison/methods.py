@@ -26,7 +26,7 @@ class Inputs:
 
     Attributes:
         samples: the training samples, each with "input_ids".
-        general: general samples for training, in the same form.
+        general: general samples for training, in the same form; empty for methods that have no general text.
         seed: of the run.
     """
 
@@ -51,7 +51,8 @@ class Method:
         build: makes the model that trains from the base.
         options: keyword arguments of `build`, as JSON types.
         group: "main", "selection", "ratio", "scaling" or "precision": the table that it is in.
-        anchor: "" (none), "general": KL to the base on general text, or "written": on text that the base writes.
+        anchor: "" (none), "general": KL to the base on general text, or "written": on text that the base writes, as
+            where no general text is at hand: then calibration has none either.
         finish: what is done after training: "" (nothing), "budget" or "quantize".
         fixed_rate: learning rate of a fixed recipe; `None`: it is searched.
         rate_factor: what the rates that are searched are multiplied by. Full-rank weights take a quarter of what
@@ -89,7 +90,14 @@ class Method:
     @property
     def untrained_adapter(self) -> str | None:
         """Equal for ADAPTQ methods whose models are the same before training; `None` for other methods."""
-        return json.dumps(self.options, sort_keys=True) if self.build is _adaptq else None
+        if self.build is not _adaptq:
+            return None
+        return json.dumps([self.options, self.has_general_text], sort_keys=True)
+
+    @property
+    def has_general_text(self) -> bool:
+        """Whether it is given general text to prepare the model and to train."""
+        return self.anchor != "written"
 
 
 def method_names() -> list[str]:
@@ -160,7 +168,9 @@ def _adaptq_main() -> Iterator[Method]:
     yield Method(f"{name}-budget", f"{title} + budget", _adaptq, recipe, anchor="general", finish="budget")
     yield Method(f"{name}-unanchored", f"{title} without anchor", _adaptq, recipe)
     yield Method(f"{name}-unanchored-budget", f"{title} without anchor + budget", _adaptq, recipe, finish="budget")
-    yield Method(f"{name}-written", f"{title}, anchored on the base's own text", _adaptq, recipe, anchor="written")
+    name, title = f"{name}-written", f"{title} without general text"
+    yield Method(name, title, _adaptq, recipe, anchor="written")
+    yield Method(f"{name}-budget", f"{title} + budget", _adaptq, recipe, anchor="written", finish="budget")
 
 
 def _ablations() -> Iterator[Method]:
@@ -246,7 +256,7 @@ def _adaptq(base: PreTrainedModel, inputs: Inputs, **options: Any) -> nn.Module:
         task_type="CAUSAL_LM",
         selection_seed=inputs.seed,
         calibration_data=inputs.samples,
-        general_calibration_data=inputs.general if compares or options["quantization_calibration"] else None,
+        general_calibration_data=(inputs.general or None) if compares or options["quantization_calibration"] else None,
         **options,
     )
     return get_peft_model(base, config)

@@ -102,7 +102,8 @@ def train_run(
     base = load()
     autocast = base.dtype if run.method.autocast and base.dtype != torch.float32 else None
     lists = [{"input_ids": sample["input_ids"].tolist()} for sample in samples]
-    inputs = Inputs(lists, measurements.general_samples if samples else [], run.seed)
+    general = measurements.general_samples if samples and run.method.has_general_text else []
+    inputs = Inputs(lists, general, run.seed)
     model, seconds = untrained.prepare(run, base, inputs)
     trained = Trained(model, training_memory(model), [], {"build": seconds})
     steps = num_steps(run.samples, run.method, settings) if steps is None else steps

@@ -42,8 +42,8 @@ def trained(load, windows, measurements, settings, untrained):
     return train
 
 
-# "written" lets the model write text, which takes seconds here; the others cover all else.
-@pytest.mark.parametrize("name", [name for name in MAIN if not name.endswith("-written")])
+# The model writes text for those without general text, which takes seconds: one of them is enough.
+@pytest.mark.parametrize("name", [name for name in MAIN if name != "adaptq-recipe-written"])
 def test_each_main_method_trains_and_is_measured(name, trained):
     record = trained(run_of(name))
     assert record["failure"] is None
@@ -55,6 +55,25 @@ def test_each_main_method_trains_and_is_measured(name, trained):
     assert (domain["adapted"] != domain["quantized"]) == (name != "vanilla")
     assert len(record["losses"]) == (0 if name == "vanilla" else 2)
     assert record["finish"].get("feasible") in ((True, False) if name.endswith("-budget") else (None,))
+
+
+def test_methods_without_general_text_are_given_none(load, windows, settings, monkeypatch):
+    written = object()
+    measurements = SimpleNamespace(general_samples=[{"input_ids": [1, 2, 3]}], answers_on_written=written)
+    model, seen = load(), {}
+
+    def prepare(run, base, inputs):
+        seen.update(general=inputs.general)
+        return model, 0.0
+
+    monkeypatch.setattr(training, "PreservationCallback", lambda answers, seed: seen.update(answers=answers))
+    monkeypatch.setattr(training, "train", lambda model, samples, **options: [1.0])
+    monkeypatch.setattr(training, "_StepTimer", lambda: SimpleNamespace(seconds=[1.0]))
+    arguments = (load, windows, measurements, settings(), lambda step, loss: None, SimpleNamespace(prepare=prepare))
+    train_run(run_of("adaptq-recipe-written"), *arguments)
+    assert seen == {"general": [], "answers": written}
+    train_run(run_of("adaptq-recipe-unanchored"), *arguments)
+    assert seen["general"] == measurements.general_samples
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.bfloat16), (torch.float32, None)])

@@ -61,6 +61,14 @@ def test_other_samples_seeds_and_options_are_prepared_anew(other, train, builds)
     assert len(builds) == 2
 
 
+def test_methods_without_general_text_start_from_another_model():
+    recipe, unanchored, written = (
+        Run(method, 8, 1e-3, seed=0).untrained
+        for method in resolve_methods(["adaptq-recipe", "adaptq-recipe-unanchored", "adaptq-recipe-written"])
+    )
+    assert recipe == unanchored != written
+
+
 def test_other_methods_keep_nothing(train, builds):
     train("lora")
     train("lora")
