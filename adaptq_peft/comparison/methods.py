@@ -162,7 +162,7 @@ def _adaptq_main() -> Iterator[Method]:
     yield Method(f"{name}-budget", f"{title} + budget", _adaptq, mixed, anchor="general", finish="budget")
     default = _adaptq_options(selection_strategy="update", frozen_rank=8)
     yield Method("adaptq-default", "ADAPT-Q, the defaults", _adaptq, default)
-    recipe = _recipe_options(delta_scaling=0.125)
+    recipe = _recipe_options()
     name, title = "adaptq-recipe", "ADAPT-Q, the recipe"
     yield Method(name, title, _adaptq, recipe, anchor="general")
     yield Method(f"{name}-budget", f"{title} + budget", _adaptq, recipe, anchor="general", finish="budget")
@@ -182,12 +182,17 @@ def _ablations() -> Iterator[Method]:
         yield Method(f"ratio-{percent}", f"ADAPT-Q, {percent}% of the blocks", _adaptq, options, group="ratio")
     for scaling in (0.0625, 0.125, 0.25, 0.5, 1.0):
         title = f"ADAPT-Q, the recipe without anchor, delta_scaling {scaling:g}"
-        yield Method(f"scaling-{scaling:g}", title, _adaptq, _recipe_options(scaling), group="scaling")
+        yield Method(f"scaling-{scaling:g}", title, _adaptq, _recipe_options(delta_scaling=scaling), group="scaling")
     for name in QUANTIZATION_NAMES:
         options = _adaptq_options(quantization=name)
         yield Method(f"frozen-{name}", f"ADAPT-Q-50, frozen in {name}", _adaptq, options, group="precision")
     options = _adaptq_options(quantization_calibration="auto")
     yield Method("frozen-nf4-calibrated", "ADAPT-Q-50, calibrated NF4", _adaptq, options, group="precision")
+    title = "ADAPT-Q, the recipe without anchor, frozen in 16 bits"
+    options = _recipe_options(quantization="none", quantization_calibration=None)
+    yield Method("frozen-none-recipe", title, _adaptq, options, group="precision")
+    name, title = "frozen-none-recipe-budget", f"{title} + budget"
+    yield Method(name, title, _adaptq, options, group="precision", finish="budget")
 
 
 def _adaptq_options(**changes: Any) -> dict[str, Any]:
@@ -207,11 +212,15 @@ def _adaptq_options(**changes: Any) -> dict[str, Any]:
     return {**plain, **changes}
 
 
-def _recipe_options(delta_scaling: float) -> dict[str, Any]:
-    """Half of the blocks by "update", the others calibrated and with low-rank corrections."""
-    return _adaptq_options(
-        selection_strategy="update", quantization_calibration="auto", frozen_rank=8, delta_scaling=delta_scaling
-    )
+def _recipe_options(**changes: Any) -> dict[str, Any]:
+    """Half of the blocks by "update", the others calibrated and with low-rank corrections, with changes."""
+    recipe = {
+        "selection_strategy": "update",
+        "quantization_calibration": "auto",
+        "delta_scaling": 0.125,
+        "frozen_rank": 8,
+    }
+    return _adaptq_options(**{**recipe, **changes})
 
 
 def _base(base: PreTrainedModel, inputs: Inputs) -> nn.Module:
