@@ -99,17 +99,26 @@ class Measurements:
     def scaled(self, model: nn.Module) -> dict[str, dict[str, float | None]]:
         """Test perplexities with the trained change multiplied by each of the settings' `scales`.
 
-        Empty for methods whose change can't be scaled: all but adapters of ADAPTQ and LoRA.
+        Empty for adapters whose change can't be scaled: all but ADAPTQ's and LoRA's.
         """
-        kinds = (PeftType.LORA, "ADAPTQ")
-        if not self._settings.scales or not isinstance(model, PeftModel) or model.peft_type not in kinds:
+        change = self._scalable_change(model) if self._settings.scales else None
+        if change is None:
             return {}
-        scales, found = BlockScales(model), {}
+        found = {}
         for factor in self._settings.scales:
-            scales.set(np.full(len(scales.blocks), factor))
+            change(factor)
             found[f"{factor:g}"] = _perplexities(model, self.test)
-        scales.set(np.ones(len(scales.blocks)))
+        change(1.0)
         return found
+
+    def _scalable_change(self, model: nn.Module) -> Callable[[float], None] | None:
+        """What multiplies the trained change of a model by a factor, or `None`."""
+        if not isinstance(model, PeftModel):
+            return _interpolation(self.load(), model)
+        if model.peft_type not in (PeftType.LORA, "ADAPTQ"):
+            return None
+        scales = BlockScales(model)
+        return lambda factor: scales.set(np.full(len(scales.blocks), factor))
 
     def _quantized_base(self, model: nn.Module) -> tuple[DocumentLosses, DocumentLosses]:
         """Losses of the quantized base on general and domain text; the same for all runs that quantize alike."""
@@ -175,6 +184,19 @@ def training_memory(model: nn.Module) -> dict[str, int]:
 def finite(value: float) -> float | None:
     """The value, or `None` for what JSON has no number for."""
     return value if math.isfinite(value) else None
+
+
+def _interpolation(base: nn.Module, model: nn.Module) -> Callable[[float], None]:
+    """Sets all weights to base + factor * (trained - base): WiSE-FT (arXiv 2109.01903). Holds a copy of both."""
+    originals = dict(base.named_parameters())
+    weights = [(own, originals[name].to(own), own.detach().clone()) for name, own in model.named_parameters()]
+
+    @torch.no_grad()
+    def change(factor: float) -> None:
+        for own, original, trained in weights:
+            torch.lerp(original, trained, factor, out=own)
+
+    return change
 
 
 def _perplexities(model: nn.Module, reference: BaseReference) -> dict[str, float | None]:

@@ -101,6 +101,31 @@ def test_each_ablation_prepares_a_model(name, load, windows, measurements, monke
     assert quantized == (name != "ratio-100" and not name.startswith("frozen-none"))
 
 
+@pytest.mark.parametrize("name", ["full", "lora", "adaptq-50-mixed"])
+def test_the_trained_change_is_scaled_and_put_back(
+    name, load, windows, measurements, settings, untrained, monkeypatch
+):
+    monkeypatch.setattr(measurements, "_settings", settings(scales=(0.0, 0.5)))
+    run, arguments = run_of(name, rate=0.02), (load, windows, measurements, settings(), lambda step, loss: None)
+    trained = train_run(run, *arguments, untrained, steps=2)
+    before = {key: value.clone() for key, value in trained.model.state_dict().items()}
+    ((_, record),) = results(trained, [run], load, measurements, settings(), save_nothing)
+    for text in ("general", "domain"):
+        nothing, half = (record["scaled"][factor][text] for factor in ("0", "0.5"))
+        figures = record["test"][text]
+        assert nothing == pytest.approx(figures["quantized"])
+        assert len({nothing, half, figures["adapted"]}) == 3
+    after = measurements.report(trained.model)
+    assert after.degradation == record["test"]["general"]["degradation"]
+    assert all(torch.equal(value, before[key]) for key, value in trained.model.state_dict().items())
+
+
+def test_what_can_not_be_scaled_has_no_scales(trained, measurements, settings, monkeypatch):
+    monkeypatch.setattr(measurements, "_settings", settings(scales=(0.5,)))
+    assert trained(run_of("shira"))["scaled"] == {}
+    assert "scaled" not in trained(run_of("vanilla"))
+
+
 def test_quantizing_after_training_compares_with_the_untrained_base_in_the_same_codes(trained):
     after = trained(run_of("lora-quantize"))["test"]["general"]
     before = trained(run_of("quantize-lora"))["test"]["general"]
