@@ -34,14 +34,15 @@ def plot_fronts(folder: Path, rows: Sequence[Row]) -> list[Path]:
         panels = [(size, chosen) for size, chosen in panels if any(row.group == group for row in chosen)]
         if not panels:
             continue
-        figure = Figure(figsize=(1 + 6 * len(panels), 6.5), layout="constrained")
+        figure = Figure(figsize=(1 + 6 * len(panels), 7), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         styles = _styles([row.method for _, chosen in panels for row in chosen])
         for one, (size, chosen) in zip(axes, panels, strict=True):
             _draw(one, f"{title}, N = {size:,}", chosen, styles)
         handles = {label: h for one in axes for h, label in zip(*one.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        legend: dict[str, Any] = {"ncols": 2 * len(panels), "frameon": False, "fontsize": 8}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", **legend)
         written.append(folder / f"front_{group}.png")
         figure.savefig(written[-1], dpi=130)
     return written
