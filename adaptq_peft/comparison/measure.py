@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel, PeftType
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -99,24 +99,22 @@ class Measurements:
     def scaled(self, model: nn.Module) -> dict[str, dict[str, float | None]]:
         """Test perplexities with the trained change multiplied by each of the settings' `scales`.
 
-        Empty for adapters whose change can't be scaled: all but ADAPTQ's and LoRA's.
+        Args:
+            model: with an adapter of ADAPTQ or LoRA, or with all weights trained.
         """
-        change = self._scalable_change(model) if self._settings.scales else None
-        if change is None:
+        if not self._settings.scales:
             return {}
-        found = {}
+        change, found = self._trained_change(model), {}
         for factor in self._settings.scales:
             change(factor)
             found[f"{factor:g}"] = _perplexities(model, self.test)
         change(1.0)
         return found
 
-    def _scalable_change(self, model: nn.Module) -> Callable[[float], None] | None:
-        """What multiplies the trained change of a model by a factor, or `None`."""
+    def _trained_change(self, model: nn.Module) -> Callable[[float], None]:
+        """What multiplies the trained change of a model by a factor."""
         if not isinstance(model, PeftModel):
             return _interpolation(self.load(), model)
-        if model.peft_type not in (PeftType.LORA, "ADAPTQ"):
-            return None
         scales = BlockScales(model)
         return lambda factor: scales.set(np.full(len(scales.blocks), factor))
 

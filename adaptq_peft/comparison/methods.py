@@ -95,6 +95,14 @@ class Method:
         return json.dumps([self.options, self.has_general_text], sort_keys=True)
 
     @property
+    def is_scaled(self) -> bool:
+        """Whether it is measured with its trained change multiplied by the settings' `scales`, too.
+
+        Not where a budget has scaled the change or quantizing has rounded it, nor for SHiRA and OSF.
+        """
+        return self.is_trained and not self.finish and self.build not in (_shira, _osf)
+
+    @property
     def has_general_text(self) -> bool:
         """Whether it is given general text to prepare the model and to train."""
         return self.anchor != "written"

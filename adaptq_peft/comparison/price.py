@@ -86,6 +86,6 @@ def estimate(
 def _tokens(run: Run, settings: StudySettings) -> float:
     """Tokens that measuring a run takes: validation, test and scales on both texts, and a budget."""
     validation, test = settings.validation_tokens, settings.evaluation_tokens
-    scaled = 0 if run.method.finish else len(settings.scales)
+    scaled = len(settings.scales) if run.method.is_scaled else 0
     fitted = GENERAL_PASSES_OF_A_BUDGET + DOMAIN_PASSES_OF_A_BUDGET if run.method.finish == "budget" else 0.0
     return 2 * validation + 2 * (1 + scaled) * test + fitted * validation

@@ -154,7 +154,7 @@ def results(
             model, untrained, about = _FINISHES[run.method.finish](trained.model, load, measurements, settings)
         with trained.timed("evaluation"):
             record = _measure(model, untrained, measurements)
-        if not run.method.finish and run.method.is_trained:
+        if run.method.is_scaled:
             record["scaled"] = measurements.scaled(model)
         save(run, model)
         for parameter, value in kept.items():

@@ -12,8 +12,6 @@ from adaptq_peft.comparison import StudyError, StudySettings, run_study
 from adaptq_peft.comparison import study as study_module
 from adaptq_peft.comparison.methods import resolve_methods
 from adaptq_peft.comparison.plots import plot_fronts
-from adaptq_peft.comparison.price import Price, estimate
-from adaptq_peft.comparison.records import Run
 from adaptq_peft.comparison.training import Trained, draw_samples, num_steps
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -178,25 +176,6 @@ def test_too_little_text_is_said_before_anything_runs(fake, study):
     with pytest.raises(ValueError, match=r"N=5000 training samples are asked for, and the domain's training text has"):
         study(samples=(8, 5000))
     assert fake.ran == []
-
-
-def test_estimate_adds_up_builds_steps_tokens_and_budgets():
-    settings = StudySettings(epochs=2, batch_size=4, evaluation_tokens=1000, validation_tokens=100)
-    plain, budget = resolve_methods(["lora-anchor", "lora-anchor-budget"])
-    runs = [Run(plain, 10, 1e-4, 0), Run(budget, 10, 1e-4, 0)]
-    found = estimate([runs], {plain.training: Price(build=5.0, step=2.0)}, 0.01, settings)
-    steps, tokens = 2 * 3, 2 * (2 * 100 + 2 * 1000) + 28.5 * 100
-    assert found.hours * 3600 == pytest.approx(5.0 + steps * 2.0 + tokens * 0.01)
-    assert (found.trainings, found.runs) == (1, 2)
-
-
-def test_estimate_counts_one_preparation_for_all_rates_of_an_adaptq_method():
-    settings = StudySettings(epochs=1, batch_size=8, evaluation_tokens=2, validation_tokens=2)
-    for name, builds in (("adaptq-50", 2), ("lora", 4)):
-        (method,) = resolve_methods([name])
-        groups = [[Run(method, 8, rate, seed)] for rate in (1e-4, 2e-4) for seed in (0, 1)]
-        found = estimate(groups, {method.training: Price(build=5.0, step=2.0)}, 0.0, settings)
-        assert found.hours * 3600 == pytest.approx(builds * 5.0 + 4 * 2.0)
 
 
 def test_steps_count_epochs_batches_and_accumulation():
