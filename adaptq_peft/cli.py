@@ -6,10 +6,12 @@ import json
 import signal
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
+
+Number = TypeVar("Number", int, float)
 
 app = typer.Typer(
     help="Activation-driven adaptive pathway tuning with quantization, as a PEFT method.",
@@ -91,11 +93,12 @@ def plan(
     from .config import AdaptQConfig
     from .evaluation import largest_num_adapted_blocks, plan_memory
 
+    indices = _indices(blocks)
     try:
         config = AdaptQConfig(
             selection_ratio=ratio,
             num_adapted_blocks=num_blocks,
-            layers_to_transform=_indices(blocks),
+            layers_to_transform=indices,
             quantization=quantization,
             weight_budget=weight_budget,
             frozen_rank=frozen_rank,
@@ -179,11 +182,12 @@ def quantize_base(
     from .quantization.calibrated.text import CALIBRATION_TOKENS
     from .skeleton import build_skeleton
 
+    indices = _indices(blocks)
     try:
         base = write_base(
             type(build_skeleton(model)).from_pretrained(model),
             output,
-            blocks=_indices(blocks),
+            blocks=indices,
             quantization=quantization,
             calibration=calibration,
             data=data,
@@ -233,10 +237,10 @@ def compare(
         settings = StudySettings(
             output_dir=output_dir,
             methods=tuple(methods.split(",")),
-            samples=tuple(int(size) for size in samples.split(",")),
-            seeds=tuple(int(seed) for seed in seeds.split(",")),
-            rates=tuple(float(rate) for rate in rates.split(",")),
-            scales=tuple(float(scale) for scale in scales.split(",") if scale),
+            samples=_numbers(int, samples, "--samples", "50,500"),
+            seeds=_numbers(int, seeds, "--seeds", "0,1,2"),
+            rates=_numbers(float, rates, "--rates", "1e-4,2e-4"),
+            scales=_numbers(float, scales, "--scales", "0.3,0.5") if scales else (),
             epochs=epochs,
             batch_size=batch_size,
             length=length,
@@ -289,7 +293,16 @@ def autoload(action: Annotated[Autoload, typer.Argument(help="What to do.")] = A
 
 def _indices(blocks: str | None) -> list[int] | None:
     """Block indices from "14,15"."""
-    return None if blocks is None else [int(index) for index in blocks.split(",")]
+    return None if blocks is None else list(_numbers(int, blocks, "--blocks", "14,15"))
+
+
+def _numbers(kind: type[Number], given: str, option: str, example: str) -> tuple[Number, ...]:
+    """The numbers of an option, which has commas between them."""
+    try:
+        return tuple(kind(number) for number in given.split(","))
+    except ValueError as error:
+        allowed = f"numbers with commas between, such as {example}"
+        raise typer.BadParameter(f"{given!r}; allowed: {allowed}", param_hint=option) from error
 
 
 def _fail(message: str, cause: Exception) -> NoReturn:

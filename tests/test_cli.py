@@ -62,6 +62,24 @@ def test_bad_ratio_is_a_usage_error(settings_seen):
     assert settings_seen == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "option", "given", "example"),
+    [
+        (["compare", "--samples", "50,x"], "--samples", "50,x", "50,500"),
+        (["compare", "--samples", "0.5"], "--samples", "0.5", "50,500"),
+        (["compare", "--rates", "1e-4;2e-4"], "--rates", "1e-4;2e-4", "1e-4,2e-4"),
+        (["compare", "--scales", "half"], "--scales", "half", "0.3,0.5"),
+        (["plan", "no-model", "--blocks", "1-4"], "--blocks", "1-4", "14,15"),
+        (["quantize-base", "no-model", "--output", "out", "--blocks", ""], "--blocks", "", "14,15"),
+    ],
+)
+def test_numbers_that_are_none_are_a_usage_error_that_names_the_option(arguments, option, given, example):
+    result = RUNNER.invoke(app, arguments)
+    assert result.exit_code == 2
+    said = " ".join(result.output.replace("\u2502", " ").split())
+    assert f"Invalid value for {option}: {given!r}; allowed: numbers with commas between, such as {example}" in said
+
+
 def test_package_missing_on_import_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "adaptq_peft.demo.run", None)
     result = RUNNER.invoke(app, ["demo"])
