@@ -93,12 +93,11 @@ def plan(
     from .config import AdaptQConfig
     from .evaluation import largest_num_adapted_blocks, plan_memory
 
-    indices = _indices(blocks)
     try:
         config = AdaptQConfig(
             selection_ratio=ratio,
             num_adapted_blocks=num_blocks,
-            layers_to_transform=indices,
+            layers_to_transform=_indices(blocks),
             quantization=quantization,
             weight_budget=weight_budget,
             frozen_rank=frozen_rank,
