@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
@@ -100,7 +99,7 @@ class Measurements:
         """Test perplexities with the trained change multiplied by each of the settings' `scales`.
 
         Args:
-            model: with an adapter of ADAPTQ or LoRA, or with all weights trained.
+            model: with an adapter that `BlockScales` takes, or with all weights trained.
         """
         if not self._settings.scales:
             return {}
@@ -115,8 +114,7 @@ class Measurements:
         """What multiplies the trained change of a model by a factor."""
         if not isinstance(model, PeftModel):
             return _interpolation(self.load(), model)
-        scales = BlockScales(model)
-        return lambda factor: scales.set(np.full(len(scales.blocks), factor))
+        return BlockScales(model).set
 
     def _quantized_base(self, model: nn.Module) -> tuple[DocumentLosses, DocumentLosses]:
         """Losses of the quantized base on general and domain text; the same for all runs that quantize alike."""

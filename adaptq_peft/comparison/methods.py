@@ -98,9 +98,9 @@ class Method:
     def is_scaled(self) -> bool:
         """Whether it is measured with its trained change multiplied by the settings' `scales`, too.
 
-        Not where a budget has scaled the change or quantizing has rounded it, nor for SHiRA and OSF.
+        Not where a budget has scaled the change or quantizing has rounded it, nor for OSF.
         """
-        return self.is_trained and not self.finish and self.build not in (_shira, _osf)
+        return self.is_trained and not self.finish and self.build is not _osf
 
     @property
     def has_general_text(self) -> bool:
@@ -152,6 +152,7 @@ def _baselines() -> Iterator[Method]:
     yield Method("qlora", "QLoRA: all in NF4, LoRA", _quantized_lora, {"share": 1.0, **every})
     yield Method("quantize-lora", "half in NF4, then LoRA", _quantized_lora, {"share": 0.5, **every})
     yield Method("shira", "SHiRA, as many weights as LoRA", _shira, {"r": 8})
+    yield Method("shira-budget", "SHiRA + budget", _shira, {"r": 8}, finish="budget")
     yield Method("osf", "OSF, all linears", _osf, rate_factor=0.5)
     yield Method("kappatune", "KappaTune: LoRA on a fifth", _kappatune, {"r": 40, "lora_alpha": 80, "share": 0.2})
 

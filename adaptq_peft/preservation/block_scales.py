@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -20,12 +20,22 @@ from .documents import Documents
 #: Where the derivative at 0 is taken: a delta has no gradient where its factor is exactly 0.
 SMALLEST = 1e-3
 
+#: What PEFT's layers hold a parameter in that the change of the weight is proportional to, besides `scaling`.
+PROPORTIONAL = {
+    "LoRA or AdaLoRA": ("lora_B", "lora_embedding_B"),
+    "SHiRA": ("shira_weight",),
+    "LoHa": ("hada_w2_b",),
+    "LoKr": ("lokr_w1", "lokr_w1_b"),
+    "RandLoRA": ("randlora_lambda",),
+}
+ALLOWED = f"ADAPTQ, {', '.join(PROPORTIONAL)}, and no DoRA"
+
 
 class BlockScales:
     """W = W0 + factor * scale * delta, with one factor for each adapted block of a model; 1 is as it was trained.
 
     Args:
-        model: a `PeftModel` with one active adapter, of ADAPTQ or LoRA.
+        model: a `PeftModel` with one active adapter, of ADAPTQ or a method in `PROPORTIONAL`.
 
     Attributes:
         blocks: indices of the blocks that have something to scale.
@@ -41,16 +51,19 @@ class BlockScales:
         self._layers = {index: layers for index, layers in found.items() if layers}
         self.blocks = list(self._layers)
         if not self.blocks:
-            raise ValueError(f"adapter {self.adapter!r} adds nothing to any block, so there is nothing to scale")
+            kind = type(model.peft_config[self.adapter]).__name__  # type: ignore[union-attr, index]
+            raise ValueError(
+                f"adapter {self.adapter!r} ({kind}) has nothing in any block that can be scaled; allowed: {ALLOWED}"
+            )
         self._trained = {layer: layer.scaling[self.adapter] for layers in self._layers.values() for layer in layers}
         self._parameters = {
             index: [parameter for layer in layers for parameter in linear_parameters(layer, self.adapter)]
             for index, layers in self._layers.items()
         }
 
-    def set(self, factors: np.ndarray) -> None:
-        """Run with these factors, [blocks], from now on."""
-        for factor, layers in zip(factors, self._layers.values(), strict=True):
+    def set(self, factors: np.ndarray | float) -> None:
+        """Run with these factors, [blocks] or one for all, from now on."""
+        for factor, layers in zip(np.broadcast_to(factors, len(self.blocks)), self._layers.values(), strict=True):
             for layer in layers:
                 layer.scaling[self.adapter] = self._trained[layer] * float(factor)
 
@@ -60,7 +73,7 @@ class BlockScales:
         for factor, parameters in zip(factors, self._parameters.values(), strict=True):
             for parameter in parameters:
                 parameter.mul_(float(factor))
-        self.set(np.ones(len(self.blocks)))
+        self.set(1.0)
 
     def gradient(self, factors: np.ndarray, documents: Documents, batch_size: int) -> np.ndarray:
         """d loss / d factor of each block at these factors, in nats a token: [blocks], from one backward pass.
@@ -96,16 +109,18 @@ def linear_parameters(layer: BaseTunerLayer, adapter: str) -> list[Tensor]:
     """The parameters of an adapter in a layer by which the weight is multiplied if they all are: deltas, or B.
 
     Raises:
-        ValueError: if the layer is of another method, or of DoRA, where the weight is not linear in any.
+        ValueError: if the weight is not linear in any, as with DoRA, or the method is not known here.
     """
     if isinstance(layer, AdaptQLayer):
         corrected = layer.is_corrected_by(adapter)
         return list((layer.adaptq_low_rank_B if corrected else layer.adaptq_delta)[adapter].parameters())
-    if isinstance(layer, LoraLayer) and adapter not in layer.lora_magnitude_vector:
-        if adapter in layer.lora_B:
-            return list(layer.lora_B[adapter].parameters())
-        return [layer.lora_embedding_B[adapter]]
-    raise ValueError(f"adapters in a {type(layer).__name__} can't be scaled; allowed: ADAPTQ and LoRA without DoRA")
+    if adapter not in getattr(layer, "lora_magnitude_vector", {}):  # DoRA
+        for name in chain.from_iterable(PROPORTIONAL.values()):
+            container: Any = getattr(layer, name, {})
+            if adapter in container:
+                held = container[adapter]
+                return list(held.parameters()) if isinstance(held, nn.Module) else [held]
+    raise ValueError(f"adapters in a {type(layer).__name__} can't be scaled; allowed: {ALLOWED}")
 
 
 def active_adapter(model: nn.Module) -> str:

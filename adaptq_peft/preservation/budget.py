@@ -50,7 +50,8 @@ def fit_to_budget(
     for bit, and the report is on the setting that came closest and says what to do.
 
     Args:
-        model: a `PeftModel` with one active adapter, of ADAPTQ or LoRA.
+        model: a `PeftModel` with one active adapter, of ADAPTQ, LoRA, AdaLoRA, SHiRA, LoHa, LoKr or RandLoRA. DoRA is
+            refused: its weight is not linear in anything that is trained.
         general: general documents, 16 or more, better 64; half of them choose, half certify.
         domain: domain documents that were not trained on.
         budget: allowed degradation: 0.05 allows 5% more perplexity on general text than the 16-bit base has.
@@ -60,6 +61,7 @@ def fit_to_budget(
         family: what a setting is. "scales" (default): a factor from 0 to 1 on the deltas of each block. "shrinkage":
             those, after each linear's delta has been shrunk by the second moments of its inputs on both texts (see
             `DeltaShrinkage`, also for the memory it takes), by one lambda; 0, which is no shrinkage, is tried, too.
+            Only for ADAPTQ, LoRA and AdaLoRA.
         options: of `BaseReference.of`: `tokenizer`, `max_length`, `stride`, `max_tokens`, `batch_size`, `top_k`.
 
     Returns:

@@ -41,7 +41,7 @@ class DeltaShrinkage:
     `moments_by_block` says.
 
     Args:
-        model: a `PeftModel` with one active adapter, of ADAPTQ or LoRA.
+        model: a `PeftModel` with one active adapter, of ADAPTQ, LoRA or AdaLoRA.
         domain: text on which the adapter should go on to work.
         general: text on which it should do nothing.
         batch_size: full windows run at once, or as many tokens in shorter ones.
@@ -90,7 +90,11 @@ class DeltaShrinkage:
 
 
 def input_factor(layer: Any, adapter: str) -> InputFactor | None:
-    """Of an adapter in a layer; `None` if the layer is no linear, or the adapter has nothing on its weight."""
+    """Of an adapter in a layer; `None` if the layer is no linear, or the adapter has nothing on its weight.
+
+    Raises:
+        ValueError: if the adapter is of another method than ADAPTQ, LoRA and AdaLoRA.
+    """
     if isinstance(layer, AdaptQLayer):
         if layer.is_corrected_by(adapter):
             return InputFactor(layer.factors_of(adapter)[0], False)
@@ -98,8 +102,14 @@ def input_factor(layer: Any, adapter: str) -> InputFactor | None:
         transposed = isinstance(layer.base_layer, Conv1D)
         is_linear = transposed or isinstance(layer.base_layer, nn.Linear)
         return InputFactor(weight, transposed) if is_linear and weight is not None else None
-    factor = layer.lora_A[adapter] if isinstance(layer, LoraLayer) and adapter in layer.lora_A else None
-    return InputFactor(factor.weight, False) if isinstance(factor, nn.Linear) else None
+    if not isinstance(layer, LoraLayer):
+        raise ValueError(
+            f"what an adapter adds to a {type(layer).__name__} has no matrix that multiplies the input, so it can't "
+            'be shrunk; allowed: ADAPTQ, LoRA and AdaLoRA; use family="scales"'
+        )
+    factor = dict(layer.lora_A).get(adapter)
+    weight = factor.weight if isinstance(factor, nn.Linear) else factor
+    return InputFactor(weight, False) if isinstance(weight, nn.Parameter) else None
 
 
 def _other_parameters(layer: BaseTunerLayer, adapter: str) -> list[Tensor]:

@@ -33,7 +33,7 @@ def measure(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     model = PeftModel.from_pretrained(base, arguments.adapter).eval()
     scales, rows = BlockScales(model), []
     for factor in arguments.factors:
-        scales.set(np.full(len(scales.blocks), factor))
+        scales.set(factor)
         rows.append(measure_documents(model, documents, batch_size=16).nll - before.nll)
     return np.stack(rows), before.num_tokens
 

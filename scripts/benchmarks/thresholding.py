@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from common import device_and_versions, load_base_of_adapter, make_adapter_parser
 from peft import PeftModel
 
@@ -43,9 +42,9 @@ def main() -> None:
     measure("none")
     scales = BlockScales(model)
     for factor in arguments.factors:
-        scales.set(np.full(len(scales.blocks), factor))
+        scales.set(factor)
         measure(f"factor {factor:g}")
-    scales.set(np.ones(len(scales.blocks)))
+    scales.set(1.0)
     kept, values = map(sum, zip(*threshold_deltas(model).values(), strict=True))
     measure(f"singular values above the noise: {kept} of {values}")
 

@@ -122,7 +122,7 @@ def test_the_trained_change_is_scaled_and_put_back(
 
 def test_what_can_not_be_scaled_has_no_scales(trained, measurements, settings, monkeypatch):
     monkeypatch.setattr(measurements, "_settings", settings(scales=(0.5,)))
-    assert "scaled" not in trained(run_of("shira"))
+    assert "scaled" not in trained(run_of("osf"))
     assert "scaled" not in trained(run_of("vanilla"))
 
 

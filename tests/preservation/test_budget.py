@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftModel,
+    RandLoraConfig,
+    ShiraConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from support import logits
 
 from adaptq_peft import AdaptQConfig, BaseReference, fit_to_budget, measure_forgetting
@@ -20,12 +30,33 @@ def mean_loss(model, documents):
     return total.nll / total.num_tokens
 
 
-@pytest.fixture(params=["adaptq", "lora"])
+#: Methods of PEFT whose change of the weight can be scaled, with random values.
+OTHERS = {
+    "lora": (LoraConfig, {"init_lora_weights": False}),
+    "adalora": (AdaLoraConfig, {"total_step": 10}),
+    "shira": (ShiraConfig, {"r": 2, "init_weights": False}),
+    "loha": (LoHaConfig, {"init_weights": False}),
+    "lokr": (LoKrConfig, {"init_weights": False}),
+    "lokr, both factors decomposed": (LoKrConfig, {"init_weights": False, "r": 1, "decompose_both": True}),
+    "randlora": (RandLoraConfig, {"init_weights": False}),
+}
+
+
+def adapt_with(load, name):
+    """A model with a random adapter of one of `OTHERS` on blocks 1 and 3."""
+    torch.manual_seed(0)
+    kind, options = OTHERS[name]
+    layers = r".*layers\.[13]\..*(q_proj|down_proj)"
+    model = get_peft_model(load(), kind(target_modules=layers, **options))
+    for weight in model.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.3)
+    return model
+
+
+@pytest.fixture(params=["adaptq", *OTHERS])
 def scaled(request, adapt, load):
-    if request.param == "adaptq":
-        return adapt(std=0.1, quantization="none")
-    config = LoraConfig(target_modules=["q_proj", "down_proj"], layers_to_transform=[1, 3], init_lora_weights=False)
-    return get_peft_model(load(), config)
+    return adapt(std=0.1, quantization="none") if request.param == "adaptq" else adapt_with(load, request.param)
 
 
 def test_one_backward_pass_gives_the_derivative_of_each_scale(scaled, general, tokenizer):
@@ -115,6 +146,21 @@ def test_what_is_reported_is_what_is_left_in_the_adapter(
     assert f"shrunk by the covariances of both texts with lambda {report.shrinkage:.3g}, and by blocks" in card
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_adapters_of_peft_are_held_to_a_budget(name, load, general, domain, tokenizer, batch, tmp_path):
+    model = adapt_with(load, name)
+    trained = measure_forgetting(model, general * 2, tokenizer=tokenizer)
+    report = fit_to_budget(model, general * 2, domain, budget=0.5 * trained.upper_bound, tokenizer=tokenizer)
+    assert report.feasible
+    assert report.upper_bound <= 0.5 * trained.upper_bound
+    assert min(report.scales.values()) < 1
+    expected = logits(model, batch)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(load(), tmp_path)
+    assert torch.allclose(logits(loaded, batch), expected, atol=1e-5)
+    assert torch.allclose(logits(loaded.merge_and_unload(), batch), expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_error_on_the_way_leaves_the_adapter_as_it_was(
     family, adapt, general, domain, tokenizer, batch, monkeypatch
@@ -171,8 +217,14 @@ def test_what_is_missing_is_named(adapt, load, general, domain, tokenizer):
     with pytest.raises(ValueError, match="one active adapter is needed, and LlamaForCausalLM has"):
         fit_to_budget(load(), general, domain, tokenizer=tokenizer)
     dora = get_peft_model(load(), LoraConfig(target_modules=["q_proj"], use_dora=True))
-    with pytest.raises(ValueError, match="can't be scaled; allowed: ADAPTQ and LoRA without DoRA"):
+    allowed = "allowed: ADAPTQ, LoRA or AdaLoRA, SHiRA, LoHa, LoKr, RandLoRA, and no DoRA"
+    with pytest.raises(ValueError, match=f"adapters in a Linear can't be scaled; {allowed}"):
         fit_to_budget(dora, general, domain, tokenizer=tokenizer)
+    vera = get_peft_model(load(), VeraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=rf"'default' \(VeraConfig\) has nothing .* can be scaled; {allowed}"):
+        fit_to_budget(vera, general, domain, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"a Linear has no matrix that multiplies .* LoRA and AdaLoRA; use family="):
+        fit_to_budget(adapt_with(load, "shira"), general, domain, family="shrinkage", tokenizer=tokenizer)
 
 
 def test_an_adapter_that_has_diverged_is_refused(adapt, general, domain, tokenizer):
