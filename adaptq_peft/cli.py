@@ -300,7 +300,7 @@ def _numbers(kind: type[Number], given: str, option: str, example: str) -> tuple
     try:
         return tuple(kind(number) for number in given.split(","))
     except ValueError as error:
-        allowed = f"numbers with commas between, such as {example}"
+        allowed = f"{'whole numbers' if kind is int else 'numbers'} with commas between, such as {example}"
         raise typer.BadParameter(f"{given!r}; allowed: {allowed}", param_hint=option) from error
 
 

@@ -47,7 +47,7 @@ class AdaptQConfig(PeftConfig):
     Use it where a script uses `LoraConfig`: `get_peft_model(model, AdaptQConfig(task_type="CAUSAL_LM"))`. After
     `get_peft_model` the config holds what was resolved: `layers_to_transform`, `profile` and `base_fingerprint`.
     The defaults are those that did better than the paper's method on both texts of a comparison at LoRA's usual rate
-    (docs/results.md). The paper's method is `AdaptQConfig(selection_strategy="activation", frozen_rank=0)`.
+    (docs/study.md). The paper's method is `AdaptQConfig(selection_strategy="activation", frozen_rank=0)`.
 
     Args:
         selection_ratio: alpha in (0, 1]: K = floor(alpha * L) of the L blocks are adapted, at least 1. Default 0.5.

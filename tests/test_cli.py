@@ -77,7 +77,8 @@ def test_numbers_that_are_none_are_a_usage_error_that_names_the_option(arguments
     result = RUNNER.invoke(app, arguments)
     assert result.exit_code == 2
     said = " ".join(result.output.replace("\u2502", " ").split())
-    assert f"Invalid value for {option}: {given!r}; allowed: numbers with commas between, such as {example}" in said
+    numbers = "numbers" if option in ("--rates", "--scales") else "whole numbers"
+    assert f"Invalid value for {option}: {given!r}; allowed: {numbers} with commas between, such as {example}" in said
 
 
 def test_package_missing_on_import_names_the_command(monkeypatch):

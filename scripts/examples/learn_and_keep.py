@@ -1,4 +1,4 @@
-"""Learn a domain and keep what the model knew: the recipe of docs/results.md, from the model to a certified adapter.
+"""Learn a domain and keep what the model knew: the recipe of docs/study.md, from the model to a certified adapter.
 
     python scripts/examples/learn_and_keep.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data my_texts.txt \
         --general wikipedia.txt --budget 0.02

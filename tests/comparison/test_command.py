@@ -64,7 +64,7 @@ def test_files_become_texts(seen, tmp_path):
     ("options", "code", "message"),
     [
         (["--rates", "0"], 2, "rates=0.0, must be above 0"),
-        (["--samples", "many"], 2, "Invalid value for --samples: 'many'; allowed: numbers"),
+        (["--samples", "many"], 2, "Invalid value for --samples: 'many'; allowed: whole numbers"),
         (["--domain-train", "a.txt"], 1, "no file is given for ['domain_test', 'general_train', 'general_test']"),
     ],
 )
