@@ -30,6 +30,14 @@ def randomize(model, name="default", std=0.02, seed=5):
                 parameter.data.normal_(std=std, generator=generator)
 
 
+def randomize_trained(model, std, seed=5):
+    """Give all that a model trains random values, whatever the method."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=std, generator=generator)
+
+
 def logits(model, batch):
     model.eval()
     with torch.no_grad():

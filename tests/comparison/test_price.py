@@ -30,7 +30,8 @@ def test_estimate_counts_one_preparation_for_all_rates_of_an_adaptq_method():
 
 
 @pytest.mark.parametrize(
-    ("name", "texts"), [("full", 3), ("lora", 3), ("adaptq-50", 3), ("lora-quantize", 1), ("shira", 3), ("vanilla", 1)]
+    ("name", "texts"),
+    [("full", 3), ("lora", 3), ("shira", 3), ("adaptq-50", 3), ("lora-quantize", 1), ("osf", 1), ("vanilla", 1)],
 )
 def test_estimate_counts_scales_where_they_are_measured(name, texts):
     settings = StudySettings(evaluation_tokens=1000, validation_tokens=100, scales=(0.25, 0.5))

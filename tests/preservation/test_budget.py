@@ -16,7 +16,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from support import logits
+from support import logits, randomize_trained
 
 from adaptq_peft import AdaptQConfig, BaseReference, fit_to_budget, measure_forgetting
 from adaptq_peft.preservation import budget_search
@@ -30,27 +30,25 @@ def mean_loss(model, documents):
     return total.nll / total.num_tokens
 
 
-#: Methods of PEFT whose change of the weight can be scaled, with random values.
+#: Methods of PEFT whose change of the weight can be scaled.
 OTHERS = {
-    "lora": (LoraConfig, {"init_lora_weights": False}),
+    "lora": (LoraConfig, {}),
     "adalora": (AdaLoraConfig, {"total_step": 10}),
-    "shira": (ShiraConfig, {"r": 2, "init_weights": False}),
-    "loha": (LoHaConfig, {"init_weights": False}),
-    "lokr": (LoKrConfig, {"init_weights": False}),
-    "lokr, both factors decomposed": (LoKrConfig, {"init_weights": False, "r": 1, "decompose_both": True}),
-    "randlora": (RandLoraConfig, {"init_weights": False}),
+    "shira": (ShiraConfig, {"r": 2}),
+    "loha": (LoHaConfig, {}),
+    "lokr": (LoKrConfig, {}),
+    "lokr, both factors decomposed": (LoKrConfig, {"r": 1, "decompose_both": True}),
+    "randlora": (RandLoraConfig, {}),
 }
 
 
 def adapt_with(load, name):
     """A model with a random adapter of one of `OTHERS` on blocks 1 and 3."""
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # where SHiRA's weights are, and RandLoRA's bases
     kind, options = OTHERS[name]
     layers = r".*layers\.[13]\..*(q_proj|down_proj)"
     model = get_peft_model(load(), kind(target_modules=layers, **options))
-    for weight in model.parameters():
-        if weight.requires_grad:
-            torch.nn.init.normal_(weight, std=0.3)
+    randomize_trained(model, std=0.3)
     return model
 
 

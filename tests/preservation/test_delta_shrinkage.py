@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from support import logits, randomize
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from support import logits, randomize, randomize_trained
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from adaptq_peft import AdaptQConfig
@@ -89,23 +89,25 @@ def test_an_adapter_without_anything_in_the_blocks_is_refused(load, texts):
         DeltaShrinkage(model, *texts, batch_size=4)
 
 
-def test_a_product_is_shrunk_as_the_delta_that_it_makes(load, texts):
-    """Two adapters of one effect, as a full delta and as B A, are left with one effect."""
-    lora = get_peft_model(
-        load(), LoraConfig(target_modules=["q_proj"], layers_to_transform=[1], init_lora_weights=False)
-    )
+@pytest.mark.parametrize(("kind", "options"), [(LoraConfig, {}), (AdaLoraConfig, {"total_step": 10})])
+def test_a_product_is_shrunk_as_the_delta_that_it_makes(kind, options, load, texts):
+    """Two adapters of one effect, as a full delta and as B A or B E A, are left with one effect."""
+    lora = get_peft_model(load(), kind(target_modules=["q_proj"], layers_to_transform=[1], **options))
+    randomize_trained(lora, std=0.3)
     config = AdaptQConfig(layers_to_transform=[1], target_modules=["q_proj"], quantization="none", delta_scaling=1.0)
     full = get_peft_model(load(), config)
     path = "model.layers.1.self_attn.q_proj"
     product, delta = lora.get_base_model().get_submodule(path), full.get_base_model().get_submodule(path)
     delta.adaptq_delta["default"].weight.data.copy_(product.get_delta_weight("default"))
-    b = product.lora_B["default"].weight.detach().clone()
+    before = trained(lora)
     for model in (lora, full):
         DeltaShrinkage(model, *texts, batch_size=4).set(0.5)
     torch.testing.assert_close(
         product.get_delta_weight("default"), delta.get_delta_weight("default"), rtol=1e-3, atol=1e-5
     )
-    assert torch.equal(product.lora_B["default"].weight, b)
+    changed = {name for name, value in trained(lora).items() if not torch.equal(value, before[name])}
+    assert len(changed) == 1
+    assert all("lora_A" in name for name in changed)
 
 
 def test_other_parameters_are_scaled_and_the_factors_b_left(model, texts):
