@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 from torch import nn
+from tqdm.auto import tqdm
 
 from ..config import AdaptQConfig
 from .block_scales import BlockScales
 from .bounds import MIN_DOCUMENTS, degradation_of, upper_bounds
-from .budget_search import Point, Setting, candidates, search
+from .budget_search import Point, Setting, candidates, most_settings, search
 from .delta_shrinkage import DeltaShrinkage
 from .documents import DocumentLosses, Documents, check_finite, measure_documents
 from .forgetting import BaseReference, measure_domain, measure_quantized, resolve_reference
@@ -77,16 +78,17 @@ def fit_to_budget(
     scales = BlockScales(model)
     reference = resolve_reference(model, general, domain, base, options)
     _check(reference, budget)
-    fit = _Fit(model, scales, reference, math.log1p(budget), confidence, seed, family)
-    kept = False
-    try:
-        chosen, report = fit.certify(fit.search(), budget)
-        if report.feasible:
-            fit.keep(chosen)
-            kept = True
-    finally:
-        if not kept:
-            fit.undo()
+    kept, most = False, most_settings(shrinks=family == "shrinkage")
+    with tqdm(total=most, desc="Holding to the budget", unit="setting", delay=2) as progress:
+        fit = _Fit(model, scales, reference, math.log1p(budget), confidence, seed, family, progress)
+        try:
+            chosen, report = fit.certify(fit.search(), budget)
+            if report.feasible:
+                fit.keep(chosen)
+                kept = True
+        finally:
+            if not kept:
+                fit.undo()
     config = model.peft_config[scales.adapter]  # type: ignore[union-attr, index]
     if isinstance(config, AdaptQConfig) and report.feasible:
         config.certificate = report.certificate()
@@ -105,8 +107,10 @@ class _Fit:
         confidence: float,
         seed: int,
         family: str,
+        progress: tqdm[Any],
     ) -> None:
         assert reference.domain is not None
+        self._progress = progress
         self._model, self._scales, self._reference, self._family = model, scales, reference, family
         self._limit, self._confidence, self._seed = limit, confidence, seed
         order = np.random.default_rng(seed).permutation(reference.general.num_documents).tolist()
@@ -127,7 +131,11 @@ class _Fit:
         settings = candidates(points)
         documents = self._reference.general.subset(self._certifying)
         base = self._reference.general_losses.subset(self._certifying)
-        losses = [self._measure(setting, documents) for setting in settings]
+        self._progress.total = self._progress.n + len(settings)
+        losses = []
+        for setting in settings:
+            losses.append(self._measure(setting, documents))
+            self._progress.update()
         differences = np.stack([candidate.nll - base.nll for candidate in losses])
         bounds = upper_bounds(differences, base.num_tokens, self._confidence, self._seed)
         passed = np.flatnonzero(bounds <= self._limit)
@@ -184,6 +192,7 @@ class _Fit:
         bound = upper_bounds((general.nll - base.nll)[None], base.num_tokens, self._confidence, self._seed)[0]
         assert self._reference.domain is not None
         domain = self._measure(setting, self._reference.domain).total
+        self._progress.update()
         return Point(setting, float(bound), domain.nll / domain.num_tokens)
 
     def _measure(self, setting: Setting, documents: Documents) -> DocumentLosses:

@@ -96,6 +96,12 @@ def search(
     return [*(point for point in points if point is not best), best]
 
 
+def most_settings(shrinks: bool) -> int:
+    """How many settings are measured at most: those that `search` tries, and the candidates."""
+    shrunk = len(STRENGTHS) + len(FACTORS_OF_SHRUNK) if shrinks else 0
+    return len(GLOBAL_FACTORS) + shrunk + STEPS + len(CANDIDATES)
+
+
 def candidates(points: list[Point]) -> list[Setting]:
     """Settings to certify, from the best to the safest that was seen."""
     best, safest = points[-1].setting, min(points, key=lambda point: point.bound).setting

@@ -17,8 +17,10 @@ from peft import (
     get_peft_model,
 )
 from support import logits, randomize_trained
+from tqdm import tqdm
 
 from adaptq_peft import AdaptQConfig, BaseReference, fit_to_budget, measure_forgetting
+from adaptq_peft.preservation import budget as budget_module
 from adaptq_peft.preservation import budget_search
 from adaptq_peft.preservation.block_scales import BlockScales
 from adaptq_peft.preservation.budget import FAMILIES
@@ -179,6 +181,31 @@ def test_a_harmless_adapter_keeps_its_scale(adapt, general, domain, tokenizer):
     report = fit_to_budget(adapt(std=1e-5, quantization="none"), general, domain, 0.05, tokenizer=tokenizer)
     assert report.feasible
     assert report.quantization == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("allowed", [-0.9, 5.0])
+def test_the_progress_bar_ends_at_the_number_of_settings(
+    family, allowed, adapt, general, domain, tokenizer, monkeypatch
+):
+    ends = []
+
+    class Bar(tqdm):
+        def __exit__(self, *error):
+            ends.append((self.n, self.total))
+            super().__exit__(*error)
+
+    measured, measure = [], budget_module._Fit._measure
+
+    def count(fit, setting, documents):
+        measured.append(setting)
+        return measure(fit, setting, documents)
+
+    monkeypatch.setattr(budget_module, "tqdm", Bar)
+    monkeypatch.setattr(budget_module._Fit, "_measure", count)
+    fit_to_budget(adapt(std=0.3), general, domain, allowed, family=family, tokenizer=tokenizer)
+    tried = budget_search.most_settings(family == "shrinkage") - len(budget_search.CANDIDATES)
+    assert ends == [(len(measured) - tried, len(measured) - tried)]  # tried settings are measured on both texts
 
 
 @pytest.mark.parametrize("family", FAMILIES)

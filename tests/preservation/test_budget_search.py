@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from adaptq_peft.preservation.budget_search import CANDIDATES, Point, Setting, candidates, propose_step, search
+from adaptq_peft.preservation.budget_search import (
+    CANDIDATES,
+    Point,
+    Setting,
+    candidates,
+    most_settings,
+    propose_step,
+    search,
+)
 
 
 def shrinking_is_free(setting: Setting) -> Point:
@@ -23,6 +31,7 @@ def run(limit: float, shrinks: bool):
 
     points = search(shrinking_is_free, slopes, 3, limit, shrinks)
     assert all(setting.strength == asked[0].strength for setting in asked)
+    assert len(points) + len(CANDIDATES) == most_settings(shrinks)
     return points
 
 
