@@ -120,7 +120,12 @@ def linear_parameters(layer: BaseTunerLayer, adapter: str) -> list[Tensor]:
             if adapter in container:
                 held = container[adapter]
                 return list(held.parameters()) if isinstance(held, nn.Module) else [held]
-    raise ValueError(f"adapters in a {type(layer).__name__} can't be scaled; allowed: {ALLOWED}")
+    raise ValueError(f"adapters in {class_path(layer)} can't be scaled; allowed: {ALLOWED}")
+
+
+def class_path(layer: object) -> str:
+    """Module and name of a layer's class: the name alone, such as Linear, is the same for many methods of PEFT."""
+    return f"{type(layer).__module__}.{type(layer).__name__}"
 
 
 def active_adapter(model: nn.Module) -> str:

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..evaluation_mode import evaluation_mode
 from ..layer import AdaptQLayer
-from .block_scales import active_adapter, layers_by_block, linear_parameters
+from .block_scales import active_adapter, class_path, layers_by_block, linear_parameters
 from .documents import Documents
 from .input_moments import moments_by_block
 from .shrinkage import DAMPING, ShrinkagePath
@@ -104,7 +104,7 @@ def input_factor(layer: Any, adapter: str) -> InputFactor | None:
         return InputFactor(weight, transposed) if is_linear and weight is not None else None
     if not isinstance(layer, LoraLayer):
         raise ValueError(
-            f"what an adapter adds to a {type(layer).__name__} has no matrix that multiplies the input, so it can't "
+            f"what an adapter adds to {class_path(layer)} has no matrix that multiplies the input, so it can't "
             'be shrunk; allowed: ADAPTQ, LoRA and AdaLoRA; use family="scales"'
         )
     factor = dict(layer.lora_A).get(adapter)

@@ -184,10 +184,7 @@ def test_a_harmless_adapter_keeps_its_scale(adapt, general, domain, tokenizer):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("allowed", [-0.9, 5.0])
-def test_the_progress_bar_ends_at_the_number_of_settings(
-    family, allowed, adapt, general, domain, tokenizer, monkeypatch
-):
+def test_the_progress_bar_ends_at_the_number_of_settings(family, adapt, general, domain, tokenizer, monkeypatch):
     ends = []
 
     class Bar(tqdm):
@@ -203,7 +200,7 @@ def test_the_progress_bar_ends_at_the_number_of_settings(
 
     monkeypatch.setattr(budget_module, "tqdm", Bar)
     monkeypatch.setattr(budget_module._Fit, "_measure", count)
-    fit_to_budget(adapt(std=0.3), general, domain, allowed, family=family, tokenizer=tokenizer)
+    fit_to_budget(adapt(std=0.3), general, domain, family=family, tokenizer=tokenizer)
     tried = budget_search.most_settings(family == "shrinkage") - len(budget_search.CANDIDATES)
     assert ends == [(len(measured) - tried, len(measured) - tried)]  # tried settings are measured on both texts
 
@@ -243,12 +240,15 @@ def test_what_is_missing_is_named(adapt, load, general, domain, tokenizer):
         fit_to_budget(load(), general, domain, tokenizer=tokenizer)
     dora = get_peft_model(load(), LoraConfig(target_modules=["q_proj"], use_dora=True))
     allowed = "allowed: ADAPTQ, LoRA or AdaLoRA, SHiRA, LoHa, LoKr, RandLoRA, and no DoRA"
-    with pytest.raises(ValueError, match=f"adapters in a Linear can't be scaled; {allowed}"):
+    with pytest.raises(ValueError, match=rf"adapters in peft\.tuners\.lora\.layer\.Linear can't be scaled; {allowed}"):
         fit_to_budget(dora, general, domain, tokenizer=tokenizer)
     vera = get_peft_model(load(), VeraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=rf"'default' \(VeraConfig\) has nothing .* can be scaled; {allowed}"):
         fit_to_budget(vera, general, domain, tokenizer=tokenizer)
-    with pytest.raises(ValueError, match=r"a Linear has no matrix that multiplies .* LoRA and AdaLoRA; use family="):
+    with pytest.raises(
+        ValueError,
+        match=r"to peft\.tuners\.shira\.layer\.Linear has no matrix that multiplies .* LoRA and AdaLoRA; use family=",
+    ):
         fit_to_budget(adapt_with(load, "shira"), general, domain, family="shrinkage", tokenizer=tokenizer)
 
 
