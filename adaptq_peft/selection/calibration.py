@@ -149,10 +149,15 @@ def _read_file(path: str | os.PathLike[str]) -> Sequence[Any]:
             f"calibration data is the path {str(path)!r}, and there is no such file. Give an existing .txt, .json or "
             ".jsonl file; texts themselves go into a list."
         )
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".json":
-        return json.loads(text)
-    lines = [line for line in text.splitlines() if line.strip()]
+        entries = json.loads(text)
+        if not isinstance(entries, list):
+            raise ValueError(f"calibration file {str(path)!r} holds a {type(entries).__name__}; allowed: a list")
+        return entries
+    lines = [
+        line for line in text.split("\n") if line.strip()
+    ]  # splitlines() also cuts at U+2028, within JSON strings
     if path.suffix == ".jsonl":
         return [json.loads(line) for line in lines]
     if path.suffix == ".txt":
@@ -170,6 +175,7 @@ def _encode(sample: Any, index: int, model: nn.Module, tokenizer: Any, max_lengt
             f"{list(_TEXT_KEYS)}"
         )
     if "input_ids" in sample:
+        sample = _without_padding(sample)
         tokens = torch.as_tensor(sample["input_ids"]).flatten().tolist()
     elif "messages" in sample:
         chat = (tokenizer or _load_tokenizer(model)).apply_chat_template(sample["messages"], return_dict=True)
@@ -189,6 +195,26 @@ def _encode(sample: Any, index: int, model: nn.Module, tokenizer: Any, max_lengt
         raise ValueError(f"calibration sample {index} has no tokens: {str(sample)[:80]!r}. Remove empty samples.")
     tokens = tokens[:max_length]
     return {"input_ids": tokens, **_other_inputs(sample, tokens, model, max_length)}
+
+
+def _without_padding(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenized sample without the positions that its attention mask leaves out, also in other inputs as long."""
+    if sample.get("attention_mask") is None:
+        return dict(sample)
+    mask = torch.as_tensor(sample["attention_mask"]).flatten().bool()
+    tokens = torch.as_tensor(sample["input_ids"]).flatten()
+    if len(mask) != len(tokens):
+        raise ValueError(
+            f"a sample has {len(tokens)} input_ids and an attention_mask of {len(mask)}; give one a token"
+        )
+    unpadded = {"input_ids": tokens[mask]}
+    for key, value in sample.items():
+        if key == "labels" or key.startswith("decoder_") or isinstance(value, str) or value is None:
+            continue  # what a decoder reads has a length of its own
+        tensor = torch.as_tensor(value)
+        if tensor.ndim == 1 and len(tensor) == len(mask):
+            unpadded[key] = tensor[mask]
+    return {**sample, **unpadded}
 
 
 def _other_inputs(sample: Mapping[str, Any], tokens: list[int], model: nn.Module, max_length: int) -> Batch:

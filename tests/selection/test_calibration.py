@@ -181,3 +181,32 @@ def test_the_model_writes_its_own_text_and_is_left_as_it_was(llama):
 def test_a_model_that_cannot_write():
     with pytest.raises(ValueError, match=r"Linear can't write its own calibration text.*Pass calibration_data"):
         write_calibration_samples(nn.Linear(2, 2), count=1, length=4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_of_tokenized_samples_is_no_text(llama, side):
+    ids, mask = ([0, 0, 1, 2], [0, 0, 1, 1]) if side == "left" else ([1, 2, 0, 0], [1, 1, 0, 0])
+    samples = [{"input_ids": ids, "attention_mask": mask}, {"input_ids": [3], "attention_mask": [1]}]
+    assert tokens(batches(llama, samples)) == EXPECTED
+    assert tokens(batches(llama, samples, max_length=2)) == EXPECTED
+    with pytest.raises(ValueError, match="a sample has 2 input_ids and an attention_mask of 1; give one a token"):
+        batches(llama, [{"input_ids": [1, 2], "attention_mask": [1]}])
+
+
+def test_other_inputs_lose_the_padding_of_the_tokens_and_labels_keep_theirs():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    bert = BertModel(BertConfig(**sizes))
+    sample = {"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0], "token_type_ids": [0, 1, 1]}
+    assert batches(bert, [sample])[0]["token_type_ids"].tolist() == [[0, 1]]
+    t5 = T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    sample = {"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0], "labels": [7, 8, 9]}
+    assert batches(t5, [sample])[0]["labels"].tolist() == [[7, 8, 9]]
+
+
+def test_a_json_file_holds_a_list_and_lines_end_at_line_feeds_only(llama, tmp_path):
+    (tmp_path / "a.json").write_text('{"data": ["a"]}')
+    with pytest.raises(ValueError, match=r"a.json' holds a dict; allowed: a list"):
+        batches(llama, tmp_path / "a.json")
+    line = json.dumps({"text": "a\u2028bb"}, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_text(f"\ufeff{line}\n{line}\n", encoding="utf-8")
+    assert tokens(batches(llama, tmp_path / "a.jsonl")) == [[1, 2], [1, 2]]
