@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..evaluation import degradation
 from .documents import DocumentLosses, measure_documents
 from .forgetting import BaseReference, measure_domain, measure_quantized
+from .original_model import unwrapped
 from .report import TextComparison
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ class ForgettingCallback(TrainerCallback):
     any PEFT method. A callback is not told its trainer, so it is given one, as TRL's are. Logged are
     `eval_general_perplexity`, `eval_general_degradation`, `eval_general_upper_bound` and, if the reference has domain
     text, `eval_domain_perplexity`, `eval_domain_change` and `eval_domain_kl`. They are in the metrics of the
-    evaluation too, so each can be `metric_for_best_model`.
+    evaluation too, so each can be `metric_for_best_model`, with `greater_is_better=False`; an `EarlyStoppingCallback`
+    is then added after this one.
 
     Args:
         trainer: the trainer that it is added to.
@@ -30,6 +32,10 @@ class ForgettingCallback(TrainerCallback):
         budget: training stops where the degradation is above this fraction. Where quantization alone has spent it,
             training stops where it makes that worse. `None` (default): never.
         confidence: of the logged upper bound. Default 0.95.
+
+    Raises:
+        ValueError: when training begins, if these figures choose the best model and `greater_is_better` is True, or an
+            `EarlyStoppingCallback` comes before.
     """
 
     def __init__(
@@ -40,7 +46,42 @@ class ForgettingCallback(TrainerCallback):
         self._budget = budget
         self._confidence = confidence
         self._quantized: DocumentLosses | None = None
-        self._measured_at: int | None = None
+        self._is_training = False
+        self._logged: dict[str, float] | None = None  # at this step of training
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse settings that would choose the worst model, or look for the figures before they are there."""
+        self._is_training, self._logged = True, None
+        metric = args.metric_for_best_model or ""
+        metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+        if not metric.startswith(("eval_general_", "eval_domain_")):
+            return
+        if args.greater_is_better:
+            raise ValueError(
+                f"metric_for_best_model={metric!r} is better the lower it is, and greater_is_better is True (the "
+                "default for names that don't end in 'loss'); pass greater_is_better=False"
+            )
+        before = self._trainer.callback_handler.callbacks
+        before = before[: before.index(self)]
+        if any(isinstance(callback, EarlyStoppingCallback) for callback in before):
+            raise ValueError(
+                f"EarlyStoppingCallback comes before ForgettingCallback, so it never sees {metric!r}; add it after "
+                "that: trainer.add_callback(EarlyStoppingCallback(...))"
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """From here on each evaluation is measured: weights may change in ways that count no steps."""
+        self._is_training, self._logged = False, None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What was measured is of other weights."""
+        self._logged = None
 
     def on_evaluate(
         self,
@@ -50,9 +91,10 @@ class ForgettingCallback(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._measured_at == state.global_step:  # several evaluation sets: one event for each
+        if self._logged is not None:  # several evaluation sets: one event for each
+            if metrics is not None:
+                metrics.update(self._logged)
             return
-        self._measured_at = state.global_step
         general = self._measure_general()
         logs = {
             "eval_general_perplexity": general.adapted.total.value,
@@ -60,6 +102,7 @@ class ForgettingCallback(TrainerCallback):
             "eval_general_upper_bound": general.upper_bound(self._confidence),
             **self._measure_domain(),
         }
+        self._logged = logs if self._is_training else None
         if metrics is not None:
             metrics.update(logs)
         self._trainer.log(dict(logs))  # TRL's trainers add to it
@@ -67,7 +110,7 @@ class ForgettingCallback(TrainerCallback):
             control.should_training_stop = True
 
     def _measure_general(self) -> TextComparison:
-        model: Any = self._trainer.accelerator.unwrap_model(self._trainer.model)
+        model = unwrapped(self._trainer.model)  # type: ignore[arg-type]
         documents, base, size = self._reference.general, self._reference.general_losses, self._reference.batch_size
         if self._quantized is None:  # does not change while the adapter trains
             self._quantized = measure_quantized(model, documents, base, size)
@@ -76,7 +119,7 @@ class ForgettingCallback(TrainerCallback):
     def _measure_domain(self) -> dict[str, float]:
         if self._reference.domain is None or self._reference.domain_losses is None:
             return {}
-        model: Any = self._trainer.accelerator.unwrap_model(self._trainer.model)
+        model = unwrapped(self._trainer.model)  # type: ignore[arg-type]
         losses, kl = measure_domain(model, self._reference)
         change = degradation(losses.total, self._reference.domain_losses.total)
         return {"eval_domain_perplexity": losses.total.value, "eval_domain_change": change, "eval_domain_kl": kl}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support import randomize
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from adaptq_peft import BaseReference, ForgettingCallback, measure_forgetting
 
@@ -19,18 +19,22 @@ class Tracker(TrainerCallback):
 
 @pytest.fixture
 def run(adapt, load, general, domain, tokenizer, tmp_path):
-    def build(budget=None, std=0.0, lr=1e-3):
+    def build(budget=None, std=0.0, lr=1e-3, early=(), before=(), **options):
         samples = [{**tokenizer(text), "labels": tokenizer(text)["input_ids"]} for text in domain]
         arguments = TrainingArguments(
             output_dir=str(tmp_path / "out"), per_device_train_batch_size=1, max_steps=4, eval_strategy="steps",
-            eval_steps=2, learning_rate=lr, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
-            per_device_eval_batch_size=1,
+            eval_steps=2, learning_rate=lr, report_to=[], use_cpu=True, disable_tqdm=True,
+            per_device_eval_batch_size=1, **{"save_strategy": "no", **options},
         )  # fmt: skip
         reference = BaseReference.of(load(), general, domain, tokenizer=tokenizer)
         model, tracker = adapt(std=std), Tracker()
         randomize(model, std=std)
-        trainer = Trainer(model, arguments, train_dataset=samples, eval_dataset=samples[:2], callbacks=[tracker])
+        trainer = Trainer(
+            model, arguments, train_dataset=samples, eval_dataset=samples[:2], callbacks=[tracker, *before]
+        )
         trainer.add_callback(ForgettingCallback(trainer, reference, budget=budget))
+        for callback in early:
+            trainer.add_callback(callback)
         trainer.train()
         return trainer, tracker, reference
 
@@ -50,8 +54,53 @@ def test_figures_are_logged_to_every_tracker_at_each_evaluation(run):
 
 def test_figures_are_metrics_of_the_evaluation(run):
     trainer, _, _ = run()
-    trainer.state.global_step += 1
     assert trainer.evaluate()["eval_general_perplexity"] > 1
+
+
+def test_weights_that_change_after_training_are_measured_anew(run):
+    trainer, _, reference = run()
+    randomize(trainer.model, std=0.3)
+    found = trainer.evaluate()["eval_general_degradation"]
+    assert found == pytest.approx(measure_forgetting(trainer.model, base=reference).degradation)
+
+
+def test_a_second_training_is_measured_as_the_first(run):
+    trainer, _, _ = run()
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_general_degradation" in entry] == [2, 4]
+
+
+def test_several_evaluation_sets_are_measured_once_a_step(run):
+    trainer, tracker, _ = run()
+    samples, tracker.seen = trainer.eval_dataset, []
+    trainer.eval_dataset = {"one": samples, "other": samples}
+    trainer.train()
+    assert sum("eval_general_degradation" in logs for logs in tracker.seen) == 2
+    assert sum("eval_other_loss" in logs for logs in tracker.seen) == 2
+
+
+KEPT = {"save_strategy": "steps", "save_steps": 2, "metric_for_best_model": "general_perplexity"}
+
+
+def test_the_best_model_is_the_one_of_the_lowest_perplexity(run):
+    trainer, _, _ = run(lr=0.5, load_best_model_at_end=True, greater_is_better=False, **KEPT)
+    entries = [entry for entry in trainer.state.log_history if "eval_general_perplexity" in entry]
+    found = {entry["step"]: entry["eval_general_perplexity"] for entry in entries}
+    assert found[2] != found[4]
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{min(found, key=found.get)}")
+
+
+def test_a_metric_that_would_keep_the_worst_model_is_refused(run):
+    with pytest.raises(ValueError, match=r"'eval_general_perplexity' is better the lower .* greater_is_better=False"):
+        run(load_best_model_at_end=True, **KEPT)
+
+
+def test_early_stopping_sees_the_figures_or_is_refused(run):
+    patience = {"greater_is_better": False, "load_best_model_at_end": True, **KEPT}
+    trainer, _, _ = run(lr=0.5, early=[EarlyStoppingCallback(1, early_stopping_threshold=1e9)], **patience)
+    assert trainer.state.global_step == 4
+    with pytest.raises(ValueError, match="EarlyStoppingCallback comes before ForgettingCallback, so it never sees"):
+        run(before=[EarlyStoppingCallback(1)], **patience)
 
 
 def test_training_stops_where_the_budget_is_passed(run):
