@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 
 from ..block_forms import quantize_blocks
 from ..config import AdaptQConfig
+from ..preservation.bounds import MIN_DOCUMENTS
 from ..quantization import QUANTIZATION_NAMES, resolve_quantization
 from ..selection import find_blocks, selection_strategy_names, strategy_needs_general_profile
+from .texts import StudyTexts
 
 Sample = dict[str, list[int]]
 
@@ -127,6 +129,16 @@ def resolve_methods(names: Sequence[str]) -> list[Method]:
     if unknown:
         raise ValueError(f"unknown methods {unknown}; allowed are the groups {[*groups, 'all']} and {list(methods)}")
     return [m for m in methods.values() if m.name in names or m.group in names or "all" in names]
+
+
+def check_documents_for_budgets(methods: Sequence[Method], texts: StudyTexts) -> None:
+    """Raise ValueError if a budget can't be fitted on the general text for validation: before anything is trained."""
+    budgeted = [method.name for method in methods if method.finish == "budget"]
+    if budgeted and len(texts.general_valid) < 2 * MIN_DOCUMENTS:
+        raise ValueError(
+            f"there are {len(texts.general_valid)} general documents for validation, and {budgeted} need at least "
+            f"{2 * MIN_DOCUMENTS} to fit and certify a budget; give more general text, or leave these methods out"
+        )
 
 
 def _methods() -> dict[str, Method]:

@@ -24,7 +24,7 @@ from ..demo.model import demo_model_folder, faster_dtype
 from ..demo.quiet import quiet_libraries
 from ..demo.training import training_windows
 from .measure import Measurements
-from .methods import Method, resolve_methods
+from .methods import Method, check_documents_for_budgets, resolve_methods
 from .plots import check_matplotlib, plot_fronts
 from .price import Estimate, Price, estimate, seconds_a_token
 from .records import Record, Run, RunStore, choose_rate, recorded_dtype
@@ -108,6 +108,7 @@ class _Study:
 
         self.load: Callable[[], Any] = load
         self.methods = resolve_methods(self.settings.methods)
+        check_documents_for_budgets(self.methods, self.texts)
         self.windows = training_windows(tokenizer, self.texts.domain_train, self.settings.length)
         draw_samples(self.windows, max(self.settings.samples), 0)  # an error about too little text comes early
         self.untrained = UntrainedAdapters()

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 #: is not trained on but by the anchor, and certifying a budget takes many documents.
 DOMAIN_VALIDATION_SHARE, GENERAL_VALIDATION_SHARE = 0.05, 0.5
 
+#: What is kept of each document at least where many are cut, and how many documents are kept at least.
+LEAST_TOKENS, LEAST_DOCUMENTS = 64, 64
+
 #: The heading of an article in WikiText's files: " = Title = ", where sections have more signs.
 _ARTICLE = re.compile(r"^ = [^=].*[^=] = $", re.MULTILINE)
 _BLANK_LINES = re.compile(r"\n\s*\n")
@@ -105,17 +108,21 @@ def read_documents(path: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the ending is another one, an object has no "text", or no document has any text.
+        ValueError: if the ending is another one, a .json file holds no list, an object has no "text", or no document
+            has any text.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}; give a .txt, .json or .jsonl file of documents")
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".txt":
         found = _articles(text) if _ARTICLE.search(text) else _BLANK_LINES.split(text)
     elif path.suffix == ".jsonl":
-        found = [_text_of(json.loads(line), path) for line in text.splitlines() if line.strip()]
+        found = [_text_of(json.loads(line), path) for line in text.split("\n") if line.strip()]
     elif path.suffix == ".json":
-        found = [_text_of(entry, path) for entry in json.loads(text)]
+        entries = json.loads(text)
+        if not isinstance(entries, list):
+            raise ValueError(f"{str(path)!r} holds a {type(entries).__name__}; allowed: a list of texts or objects")
+        found = [_text_of(entry, path) for entry in entries]
     else:
         raise ValueError(f"{str(path)!r} ends in {path.suffix!r}; allowed: .txt, .json, .jsonl")
     documents = [document.strip() for document in found if document.strip()]
@@ -148,7 +155,10 @@ def hold_out(documents: Sequence[str], share: float) -> tuple[list[str], list[st
 
 
 def cut_documents(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], total: int) -> list[str]:
-    """Cut the longest documents, so that all together have about `total` tokens and none is left out.
+    """Cut the longest documents, so that all together have about `total` tokens.
+
+    None is left out as long as each can keep `LEAST_TOKENS`; of more documents than that evenly spaced ones are taken,
+    `LEAST_DOCUMENTS` at least: the first few words of each would say little of a model.
 
     Args:
         tokenizer: a fast one: where tokens end in the text is asked for.
@@ -157,6 +167,11 @@ def cut_documents(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], 
     """
     encoded: Any = tokenizer(list(documents), return_offsets_mapping=True, add_special_tokens=False, verbose=False)
     ends = [[end for _, end in offsets] for offsets in encoded["offset_mapping"]]
+    needed = sum(min(len(places), LEAST_TOKENS) for places in ends)
+    if needed > total and len(ends) > LEAST_DOCUMENTS:
+        count = max(len(ends) * total // needed, LEAST_DOCUMENTS)
+        taken = [place * len(ends) // count for place in range(count)]
+        documents, ends = [documents[place] for place in taken], [ends[place] for place in taken]
     most = largest_cap([len(document) for document in ends], total)
     return [
         document if len(places) <= most else document[: places[most - 1]]

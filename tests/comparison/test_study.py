@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,6 +176,15 @@ def test_dry_run_prints_the_price_and_trains_nothing(fake, study, console, tmp_p
 def test_too_little_text_is_said_before_anything_runs(fake, study):
     with pytest.raises(ValueError, match=r"N=5000 training samples are asked for, and the domain's training text has"):
         study(samples=(8, 5000))
+    assert fake.ran == []
+
+
+def test_too_few_documents_for_a_budget_are_said_before_anything_runs(fake, settings, checkpoint, texts, console):
+    few = replace(texts, general_valid=texts.general_valid[:15])
+    with pytest.raises(
+        ValueError, match=r"15 general documents for validation, and \['lora-budget'\] need at least 16"
+    ):
+        run_study(settings(methods=("lora", "lora-budget")), model=str(checkpoint), texts=few, console=console)
     assert fake.ran == []
 
 

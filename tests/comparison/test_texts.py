@@ -6,7 +6,15 @@ import json
 
 import pytest
 
-from adaptq_peft.comparison.texts import cut_documents, hold_out, largest_cap, read_documents, read_study_texts
+from adaptq_peft.comparison.texts import (
+    LEAST_DOCUMENTS,
+    LEAST_TOKENS,
+    cut_documents,
+    hold_out,
+    largest_cap,
+    read_documents,
+    read_study_texts,
+)
 
 
 def test_txt_is_cut_at_blank_lines(tmp_path):
@@ -29,11 +37,19 @@ def test_json_and_jsonl_hold_texts_or_objects(tmp_path):
     assert read_documents(tmp_path / "a.json") == read_documents(tmp_path / "a.jsonl") == ["one", "two"]
 
 
+def test_line_separators_within_texts_and_a_byte_order_mark_are_read(tmp_path):
+    text = "one\u2028more\x85end"
+    line = json.dumps({"text": text}, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_text(f"\ufeff{line}\r\n{line}\n", encoding="utf-8")
+    assert read_documents(tmp_path / "a.jsonl") == [text, text]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("a.csv", "x", r"ends in '.csv'; allowed: .txt, .json, .jsonl"),
         ("a.txt", " \n", "has no text in it"),
+        ("a.json", '{"data": ["x"]}', "holds a dict; allowed: a list of texts or objects"),
         ("a.jsonl", '{"body": "x"}', r"is \"\{'body': 'x'\}\"; allowed: a text, or an object with \"text\""),
     ],
 )
@@ -85,3 +101,14 @@ def test_long_documents_are_cut_and_short_ones_stay(tokenizer):
     assert cut[0] == short
     assert long.startswith(cut[1])
     assert sum(len(tokenizer(text)["input_ids"]) for text in cut) == pytest.approx(60, abs=2)
+
+
+def test_of_many_documents_evenly_spaced_ones_keep_a_passage(tokenizer):
+    documents = [f"{number} " + "In the year the treaty was full. " * 30 for number in range(1000)]
+    cut = cut_documents(tokenizer, documents, LEAST_TOKENS * 100)
+    assert len(cut) == 100
+    assert [text.split()[0] for text in cut[:3]] == ["0", "10", "20"]
+    assert all(LEAST_TOKENS - 1 <= len(tokenizer(text)["input_ids"]) <= LEAST_TOKENS + 1 for text in cut)
+    assert len(cut_documents(tokenizer, documents, 100)) == LEAST_DOCUMENTS
+    short = ["In the year 7."] * 1000
+    assert cut_documents(tokenizer, short, 20_000) == short
