@@ -88,9 +88,11 @@ def evaluate_perplexity(
         progress: Called with (tokens done, tokens in all) after each batch.
 
     Raises:
-        ValueError: If there are no texts, all are blank, they yield under two tokens, or a number is out of range.
+        ValueError: If the model has an encoder, there are no texts, all are blank, they yield under two tokens, or a
+            number is out of range.
         TypeError: If `texts` is one string in place of a list of them.
     """
+    check_decoder_only(model, "perplexity")
     _check_arguments(texts, max_length, batch_size, max_tokens)
     windows = _windows(_token_stream(tokenizer, texts, max_tokens), max_length)
     total = sum(window.numel() for window in windows)
@@ -145,9 +147,17 @@ def _batches(windows: list[Tensor], batch_size: int) -> Iterator[Tensor]:
 def _batch_nll(model: nn.Module, tokens: Tensor) -> float:
     """Summed negative log likelihood in nats of tokens[:, 1:], given those before; tokens is [batch, positions]."""
     tokens = tokens.to(input_device(model))
-    logits = model(input_ids=tokens).logits[:, :-1].flatten(0, 1)
+    logits = model(input_ids=tokens).logits[:, -tokens.shape[1] : -1].flatten(0, 1)  # prompt tuning puts some in front
     targets = tokens[:, 1:].flatten()
-    return token_nll(logits, targets).double().sum().item()
+    return token_nll(logits, targets).cpu().double().sum().item()  # MPS has no float64
+
+
+def check_decoder_only(model: nn.Module, purpose: str) -> None:
+    """Raise ValueError if a model has an encoder, which would see the tokens that are to be predicted."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} has an encoder and a decoder; {purpose} works with decoder-only language models"
+        )
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .anchor import Anchor
-from .teacher import has_adapter
+from .original_model import has_adapter
 
 #: Not the class's name: the Trainer would make a new callback from a state of that name, without the base's answers.
 STATE_KEY = "adaptq_anchor"
@@ -31,6 +32,8 @@ class PreservationCallback(Anchor, TrainerCallback):
     The "loss" in the logs is the domain's alone; "anchor_kl" and "anchor_weight" are added to the log entries.
     """
 
+    _share: int | None = None  # the batch size that the last Trainer gave
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -42,8 +45,8 @@ class PreservationCallback(Anchor, TrainerCallback):
                 "Make the anchor with PreservationCallback.from_base(model, ...), with the model as it was loaded"
             )
         self.prepare(kwargs["model"], kwargs.get("processing_class"))
-        if self.batch_size is None:
-            self.batch_size = _share_of_domain(args)
+        if self.batch_size in (None, self._share):
+            self.batch_size = self._share = _share_of_domain(args)
         callbacks: Any = state.stateful_callbacks  # a dict once the state is made, whatever its annotation
         saved = callbacks.get(STATE_KEY)
         if saved is not None:
@@ -56,7 +59,7 @@ class PreservationCallback(Anchor, TrainerCallback):
         model: nn.Module = kwargs["model"]
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)  # accelerate's wrapper has the one of fp16
         model.train()
-        for loss in self.losses(model, args.per_device_train_batch_size):
+        for loss in self.losses(model, state.train_batch_size or args.per_device_train_batch_size):
             (loss if scaler is None else scaler.scale(loss)).backward()
 
     def on_step_end(
@@ -87,8 +90,12 @@ def _share_of_domain(args: TrainingArguments) -> int:
 
 def _check_supported(args: TrainingArguments) -> None:
     """Raise ValueError where gradients can't be taken beside the Trainer's own step."""
-    fused = str(getattr(args.optim, "value", args.optim)) in ("lomo", "adalomo")
-    found = {"deepspeed": args.deepspeed, "fsdp": args.fsdp, f"optim={args.optim!r}": fused}
+    optim = str(getattr(args.optim, "value", args.optim))
+    found = {
+        "deepspeed": args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"),
+        "fsdp": args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"),
+        f"optim={optim!r}": optim in ("lomo", "adalomo") or optim.endswith("_layerwise"),
+    }
     used = [name for name, given in found.items() if given]
     if used:
         raise ValueError(

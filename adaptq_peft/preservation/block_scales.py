@@ -41,7 +41,8 @@ class BlockScales:
         blocks: indices of the blocks that have something to scale.
 
     Raises:
-        ValueError: if there is no such adapter, several are active, or it is of a kind that can't be scaled.
+        ValueError: if there is no such adapter, several are active, it is merged or switched off, or it is of a kind
+            that can't be scaled.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,6 +50,10 @@ class BlockScales:
         self.adapter = active_adapter(model)
         found = {block.index: list(layers.values()) for block, layers in layers_by_block(model, self.adapter)}
         self._layers = {index: layers for index, layers in found.items() if layers}
+        for layer in chain.from_iterable(self._layers.values()):
+            if layer.merged or layer.disable_adapters:
+                what = "merged; call model.unmerge_adapter()" if layer.merged else "switched off; switch it on"
+                raise ValueError(f"adapter {self.adapter!r} can't be scaled while it is {what} first")
         self.blocks = list(self._layers)
         if not self.blocks:
             kind = type(model.peft_config[self.adapter]).__name__  # type: ignore[union-attr, index]

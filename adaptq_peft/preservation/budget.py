@@ -12,10 +12,11 @@ the order and although degradation need not rise with the factor (the "learn the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -26,6 +27,7 @@ from .budget_search import Point, Setting, candidates, most_settings, search
 from .delta_shrinkage import DeltaShrinkage
 from .documents import DocumentLosses, Documents, check_finite, measure_documents
 from .forgetting import BaseReference, measure_domain, measure_quantized, resolve_reference
+from .original_model import unwrapped
 from .report import ForgettingReport, TextComparison
 
 #: Families of settings; see `fit_to_budget`.
@@ -34,8 +36,8 @@ FAMILIES = ("scales", "shrinkage")
 
 def fit_to_budget(
     model: nn.Module,
-    general: Sequence[str] | None = None,
-    domain: Sequence[str] | None = None,
+    general: Iterable[str | Mapping[str, Any]] | None = None,
+    domain: Iterable[str | Mapping[str, Any]] | None = None,
     budget: float = 0.05,
     confidence: float = 0.95,
     *,
@@ -75,6 +77,9 @@ def fit_to_budget(
     """
     if family not in FAMILIES:
         raise ValueError(f"family is {family!r}; allowed: {list(FAMILIES)}")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("fit_to_budget takes derivatives; call it outside of torch.inference_mode()")
+    model = unwrapped(model)
     scales = BlockScales(model)
     reference = resolve_reference(model, general, domain, base, options)
     _check(reference, budget)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -107,6 +108,8 @@ def input_factor(layer: Any, adapter: str) -> InputFactor | None:
             f"what an adapter adds to {class_path(layer)} has no matrix that multiplies the input, so it can't "
             'be shrunk; allowed: ADAPTQ, LoRA and AdaLoRA; use family="scales"'
         )
+    if isinstance(layer, ParamWrapper):  # fused experts: what each reads is not what the module reads
+        return None
     factor = dict(layer.lora_A).get(adapter)
     weight = factor.weight if isinstance(factor, nn.Linear) else factor
     return InputFactor(weight, False) if isinstance(weight, nn.Parameter) else None

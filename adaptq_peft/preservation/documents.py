@@ -8,7 +8,7 @@ one before, and predicts the tokens that the one before did not reach, given all
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,6 +59,7 @@ class DocumentBatch(NamedTuple):
         No attention mask is given: the padding is on the right, where no token of a causal model looks.
         """
         logits = model(input_ids=self.input_ids.to(input_device(model))).logits
+        logits = logits[:, -self.input_ids.shape[1] :]  # prompt tuning puts positions in front
         return logits[self.predicted.to(logits.device)]
 
 
@@ -85,6 +86,8 @@ class Documents:
 
         The longest windows come first, so that little is padded.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}; it must be at least 1")
         ordered = sorted(self.windows, key=lambda window: -len(window.tokens))
         batches, start = [], 0
         while start < len(ordered):
@@ -124,7 +127,7 @@ class DocumentLosses:
 
 def tokenize_documents(
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Iterable[str | Mapping[str, Any]],
     *,
     max_length: int = 512,
     stride: int | None = None,
@@ -134,8 +137,8 @@ def tokenize_documents(
 
     Args:
         tokenizer: the model's tokenizer; whether a BOS token stands first is its choice.
-        texts: documents. Those of fewer than 2 tokens, such as blank ones, predict nothing; they are left out and
-            counted.
+        texts: documents, or rows of a `datasets.Dataset` with the column "text". Those of fewer than 2 tokens, such as
+            blank ones, predict nothing; they are left out and counted.
         max_length: tokens in a window, at least 2. Figures with different windows are not comparable.
         stride: 1 to `max_length`. `None` (default): `max_length`, windows do not overlap. A smaller stride gives each
             token more context and costs more time.
@@ -143,9 +146,10 @@ def tokenize_documents(
 
     Raises:
         ValueError: if no text has 2 tokens, or a number is out of range.
-        TypeError: if `texts` is one string in place of a list of them.
+        TypeError: if `texts` is one string in place of a list of them, or something in it is no text.
     """
     stride = max_length if stride is None else stride
+    texts = _texts_of(texts)
     _check(texts, max_length, stride, max_tokens)
     # verbose=False: a document is cut into windows afterwards, so it may be longer than the model's context.
     encoded = [tokenizer(text, verbose=False)["input_ids"][:max_tokens] for text in texts]
@@ -207,7 +211,7 @@ class LossSum:
 
     def add(self, batch: DocumentBatch, nll: Tensor) -> None:
         """Add `nll`, [predicted tokens], of a batch."""
-        self._nll.index_add_(0, batch.document, nll.detach().double().cpu())
+        self._nll.index_add_(0, batch.document, nll.detach().cpu().double())  # MPS has no float64
         self._num_tokens.index_add_(0, batch.document, torch.ones_like(batch.document))
 
     def result(self) -> DocumentLosses:
@@ -224,9 +228,18 @@ def check_finite(losses: DocumentLosses, name: str) -> None:
         )
 
 
-def _check(texts: Sequence[str], max_length: int, stride: int, max_tokens: int | None) -> None:
+def _texts_of(texts: Iterable[Any]) -> list[str]:
     if isinstance(texts, str):
         raise TypeError("texts is one string; pass a list of documents, for one document [text]")
+    found: list[Any] = [entry.get("text") if isinstance(entry, Mapping) else entry for entry in texts]
+    for index, text in enumerate(found):
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            raise TypeError(f'text {index} is a {kind}; allowed: a str, or a dict (a row of a Dataset) with "text"')
+    return found
+
+
+def _check(texts: Sequence[str], max_length: int, stride: int, max_tokens: int | None) -> None:
     if len(texts) == 0:
         raise ValueError("texts is empty; at least one document is needed")
     limits = {"max_length": (max_length, 2, math.inf), "stride": (stride, 1, max_length)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..evaluation import token_nll
-from ..evaluation.perplexity import LOSS_ROWS
+from ..evaluation.perplexity import LOSS_ROWS, check_decoder_only
 from ..evaluation_mode import evaluation_mode
 from ..quantization import is_quantized
 from .documents import (
@@ -22,7 +22,7 @@ from .documents import (
     measure_documents,
     tokenize_documents,
 )
-from .original_model import adapters_disabled, original_model
+from .original_model import adapters_disabled, has_adapter, original_model, unwrapped
 from .report import ForgettingReport, TextComparison
 
 
@@ -64,8 +64,8 @@ class BaseReference:
     def of(
         cls,
         model: nn.Module,
-        general_texts: Sequence[str],
-        domain_texts: Sequence[str] | None = None,
+        general_texts: Iterable[str | Mapping[str, Any]],
+        domain_texts: Iterable[str | Mapping[str, Any]] | None = None,
         *,
         tokenizer: Any = None,
         max_length: int = 512,
@@ -79,7 +79,8 @@ class BaseReference:
         Args:
             model: the original model. If it has adapters or quantized linears already, its originals are put in place
                 for the while (see `original_model`).
-            general_texts: general documents, each an independent sample of what must not be forgotten.
+            general_texts: general documents, each an independent sample of what must not be forgotten: strings, or a
+                `datasets.Dataset` with the column "text".
             domain_texts: domain documents that were not trained on; needed for the KL and the change on the domain.
             tokenizer: `None` (default): that of the model's `name_or_path`.
             max_length: tokens in a window. Default 512.
@@ -89,8 +90,10 @@ class BaseReference:
             top_k: for the KL: how many of the likeliest tokens are kept apart; the others are one class. Default 128.
 
         Raises:
-            ValueError: if texts are empty, or the original model can't be had.
+            ValueError: if texts are empty, the model has an encoder, or the original model can't be had.
         """
+        model = unwrapped(model)
+        check_decoder_only(model, "BaseReference")
         tokenizer = load_tokenizer(model, tokenizer)
         sizes: dict[str, Any] = {"max_length": max_length, "stride": stride, "max_tokens": max_tokens}
         general = tokenize_documents(tokenizer, general_texts, **sizes)
@@ -107,8 +110,8 @@ class BaseReference:
 
 def measure_forgetting(
     model: nn.Module,
-    general_texts: Sequence[str] | None = None,
-    domain_texts: Sequence[str] | None = None,
+    general_texts: Iterable[str | Mapping[str, Any]] | None = None,
+    domain_texts: Iterable[str | Mapping[str, Any]] | None = None,
     *,
     base: BaseReference | nn.Module | None = None,
     budget: float | None = None,
@@ -134,6 +137,7 @@ def measure_forgetting(
         ValueError: if the base can't be had, both texts and a `BaseReference` are given or neither, or adapters are
             merged.
     """
+    model = unwrapped(model)
     reference = resolve_reference(model, general_texts, domain_texts, base, options)
     general, domain, kl = compare(model, reference)
     bound = general.upper_bound(confidence)
@@ -143,8 +147,8 @@ def measure_forgetting(
 
 def resolve_reference(
     model: nn.Module,
-    general_texts: Sequence[str] | None,
-    domain_texts: Sequence[str] | None,
+    general_texts: Iterable[str | Mapping[str, Any]] | None,
+    domain_texts: Iterable[str | Mapping[str, Any]] | None,
     base: BaseReference | nn.Module | None,
     options: dict[str, Any],
 ) -> BaseReference:
@@ -157,6 +161,11 @@ def resolve_reference(
         return base
     if general_texts is None:
         raise ValueError("there is no general text to measure on; pass general_texts, or a BaseReference as base=...")
+    if base is None and not (has_adapter(model) or any(is_quantized(module) for module in model.modules())):
+        raise ValueError(
+            f"{type(model).__name__} has no adapter and nothing quantized (was it merged?), so there is no base in it "
+            "to compare with; pass the original model as base=..., or a BaseReference"
+        )
     options = {**options, "tokenizer": load_tokenizer(model, options.get("tokenizer"))}
     return BaseReference.of(model if base is None else base, general_texts, domain_texts, **options)
 
@@ -221,7 +230,7 @@ def _kl_rows(logits: Tensor, base: Tensor, tokens: Tensor) -> float:
 
 def _with_rest(log_probs: Tensor) -> Tensor:
     """Add the logarithm of the mass that is left as a last column. In float64, at least 1e-12: it is a difference."""
-    log_probs = log_probs.double()
+    log_probs = log_probs.cpu().double()  # MPS has no float64
     rest = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp_min(1e-12)
     return torch.cat([log_probs, rest.log()], -1)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..config import AdaptQConfig
@@ -14,19 +17,25 @@ from ..layer import AdaptQLayer
 from ..module_names import base_name
 from ..quantization import OriginalWeights, is_quantized, named_checkpoint
 
+#: Modules with a switch for their adapters.
+_SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+#: Ways of PEFT to start LoRA that subtract its product from the base's weights, or replace them.
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """The base as it was quantized: PEFT's `disable_adapter()`, after which `requires_grad` is as before.
 
-    A model without adapters stays as it is.
+    Also for adapters in a model that is no `PeftModel` (transformers' `add_adapter`). A model without adapters stays
+    as it is.
 
     Raises:
-        ValueError: if adapters are merged: they would be unmerged, and stay so.
+        ValueError: if adapters are merged: they would be unmerged, and stay so; or if they changed the base when they
+            were made, as PiSSA does.
     """
-    if not isinstance(model, PeftModel):
-        yield
-        return
+    model = unwrapped(model)
+    _check_base_is_kept(model)
     if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in model.modules()):
         raise ValueError(
             "adapters are merged into this model, so it can't be compared with its base; call "
@@ -34,11 +43,45 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
         )
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with model.disable_adapter():
+        with model.disable_adapter() if isinstance(model, PeftModel) else _layers_disabled(model):
             yield
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The module inside `torch.compile` and `DistributedDataParallel`."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether a model has adapters that can be switched off: made by PEFT, or by transformers' `add_adapter`."""
+    return isinstance(model, PeftModel) or any(isinstance(module, _SWITCHED) for module in model.modules())
+
+
+@contextmanager
+def _layers_disabled(model: nn.Module) -> Iterator[None]:
+    on = [module for module in model.modules() if isinstance(module, _SWITCHED) and not module.disable_adapters]
+    for module in on:
+        module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for module in on:
+            module.enable_adapters(True)
+
+
+def _check_base_is_kept(model: nn.Module) -> None:
+    """Raise ValueError if making an adapter took something out of the base's weights."""
+    for name, config in getattr(model, "peft_config", {}).items():
+        how = getattr(config, "init_lora_weights", None)
+        if isinstance(how, str) and how.startswith(_CHANGE_THE_BASE):
+            raise ValueError(
+                f"adapter {name!r} was made with init_lora_weights={how!r}, which changes the base's weights, so this "
+                "model without its adapter is not its base; ask the base before get_peft_model: BaseReference.of("
+                "model, ...) or PreservationCallback.from_base(model, ...)"
+            )
 
 
 @contextmanager

@@ -11,19 +11,21 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..evaluation.perplexity import check_decoder_only
 from ..evaluation_mode import evaluation_mode
 from ..offloading import input_device
 from ..quantization import is_quantized
 from ..selection.calibration import Batch, calibration_batches
+from .original_model import adapters_disabled, unwrapped
 from .top_k_kl import LOG_ZERO, top_k_log_probs
 
 _FORMAT = "adaptq_base_answers_1"
@@ -106,10 +108,12 @@ class BaseAnswers(Sequence[AnsweredText]):
             batch_size: texts run at once. It changes the speed only.
 
         Raises:
-            ValueError: if the texts can't be used, `top_k` is under 1, or the model has a decoder of its own.
+            ValueError: if the texts can't be used, `top_k` is under 1, the model has an encoder, or its adapters are
+                merged or changed the base (PiSSA).
         """
         if top_k < 1:
             raise ValueError(f"top_k={top_k}; it must be at least 1 (64 is usual)")
+        model = unwrapped(model)
         found: list[AnsweredText] = []
         vocabulary = 0
         with _base_of(model), evaluation_mode(model), torch.no_grad():
@@ -136,6 +140,7 @@ class BaseAnswers(Sequence[AnsweredText]):
 
         The model is run only if it has to write the texts. Arguments and errors as in `of`.
         """
+        model = unwrapped(model)
         found = []
         with _base_of(model) if general_texts is None else nullcontext():
             for batch in _read(model, general_texts, tokenizer, samples, max_length, 1):
@@ -195,11 +200,6 @@ def collate(texts: Sequence[AnsweredText], device: torch.device) -> tuple[Batch,
     return batch, rows.to(device), tokens.to(device), log_probs.to(device)
 
 
-def has_adapter(model: nn.Module) -> bool:
-    """Whether a model has adapters that can be switched off: made by PEFT, or by transformers' `add_adapter`."""
-    return isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)
-
-
 @contextmanager
 def _base_of(model: Any) -> Iterator[None]:
     """The model with its adapters off, within the context."""
@@ -210,26 +210,14 @@ def _base_of(model: Any) -> Iterator[None]:
             "call PreservationCallback.from_base(model, ...) with it, before get_peft_model.",
             stacklevel=5,
         )
-    if isinstance(model, PeftModel):
-        with model.disable_adapter():
-            yield
-    elif has_adapter(model):
-        model.disable_adapters()
-        try:
-            yield
-        finally:
-            model.enable_adapters()
-    else:
+    with adapters_disabled(model):
         yield
 
 
 def _read(
     model: nn.Module, general_texts: Any, tokenizer: Any, samples: int, max_length: int, batch_size: int
 ) -> Iterator[Batch]:
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(model).__name__} has an encoder and a decoder; the anchor works with decoder-only language models"
-        )
+    check_decoder_only(model, "the anchor")
     try:
         batches = calibration_batches(
             model, general_texts, tokenizer=tokenizer, samples=samples, max_length=max_length, batch_size=batch_size
@@ -239,8 +227,11 @@ def _read(
     for batch in batches:
         if "input_ids" not in batch:
             raise ValueError(f"The general texts of the anchor have {sorted(batch)}, and no 'input_ids'.")
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-        yield {"input_ids": batch["input_ids"], "attention_mask": mask}
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        rows = [ids[kept] for ids, kept in zip(batch["input_ids"], mask, strict=True) if kept.sum() > 1]
+        if rows:  # padded on the right, as in training: on the left absolute positions would be others
+            pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+            yield {"input_ids": pad(rows), "attention_mask": pad([torch.ones_like(row) for row in rows])}
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
@@ -248,10 +239,9 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 
 
 def _unpadded(batch: Batch, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each row of a batch its tokens [length] and its `values` [length, ...], without padding; two tokens up."""
+    """For each row of a batch its tokens [length] and its `values` [length, ...], without padding."""
     for ids, mask, row in zip(batch["input_ids"], batch["attention_mask"].bool(), values, strict=True):
-        if mask.sum() > 1:
-            yield ids[mask], row[mask.to(row.device)]
+        yield ids[mask], row[mask.to(row.device)]
 
 
 def _smallest_dtype(vocabulary: int) -> torch.dtype:

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
+from support import tiny_t5
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -150,6 +152,19 @@ def test_progress_counts_tokens():
 def test_bad_input_is_named(texts, options, message):
     with pytest.raises(ValueError, match=message):
         evaluate_perplexity(UniformModel(), LetterTokenizer(), texts, **options)
+
+
+def test_an_encoder_is_refused():
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration has an encoder and a decoder; perplexity works"):
+        evaluate_perplexity(tiny_t5(), LetterTokenizer(), TEXTS)
+
+
+def test_prompt_tuning_is_measured(llama):
+    model = get_peft_model(llama, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    found = evaluate_perplexity(model, LetterTokenizer(), TEXTS)
+    with model.disable_adapter():
+        assert evaluate_perplexity(model, LetterTokenizer(), TEXTS).num_tokens == found.num_tokens
+    assert found.value > 1
 
 
 def test_one_string_is_refused():

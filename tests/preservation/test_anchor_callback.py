@@ -99,7 +99,8 @@ def test_the_scaler_of_fp16_scales_the_loss(make_model, general_samples):
     found = []
     for optimizer in (SimpleNamespace(scaler=None), SimpleNamespace(scaler=scaler)):
         anchor._position = 0
-        anchor.on_step_begin(arguments, None, None, model=model, optimizer=optimizer)
+        state = SimpleNamespace(train_batch_size=4)
+        anchor.on_step_begin(arguments, state, None, model=model, optimizer=optimizer)
         found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
         model.zero_grad()
     assert torch.allclose(found[1], 1024 * found[0], rtol=1e-3, atol=1e-5)
@@ -152,12 +153,34 @@ class TestMadeAfterTheAdapter:
 
 @pytest.mark.parametrize(
     ("changes", "name"),
-    [({"deepspeed": "x"}, "deepspeed"), ({"fsdp": "x"}, "fsdp"), ({"optim": "lomo"}, "optim='lomo'")],
+    [
+        ({"deepspeed": "x"}, "deepspeed"),
+        ({"fsdp": "x"}, "fsdp"),
+        ({"optim": "lomo"}, "optim='lomo'"),
+        ({"optim": "galore_adamw_layerwise"}, "optim='galore_adamw_layerwise'"),
+    ],
 )
 def test_what_it_can_not_work_with(llama, general_samples, changes, name):
     arguments = SimpleNamespace(**{"deepspeed": None, "fsdp": [], "optim": "adamw_torch", **changes})
     with pytest.raises(ValueError, match=f"can't be used with {name}"):
         PreservationCallback.from_base(llama, general_samples).on_train_begin(arguments, None, None, model=llama)
+
+
+def test_fsdp_by_accelerate_is_refused_too(llama, general_samples, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    arguments = SimpleNamespace(deepspeed=None, fsdp=[], optim="adamw_torch")
+    with pytest.raises(ValueError, match="can't be used with fsdp"):
+        PreservationCallback.from_base(llama, general_samples).on_train_begin(arguments, None, None, model=llama)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, [1, 2]), (3, [3, 3])])
+def test_another_trainer_gives_another_batch_size(make_model, general_samples, make_trainer, given, expected):
+    base, found = make_model(), []
+    anchor = PreservationCallback.from_base(base, general_samples, batch_size=given)
+    for accumulation in (1, 2):
+        make_trainer(base, anchor, gradient_accumulation_steps=accumulation, max_steps=1).train()
+        found.append(anchor.batch_size)
+    assert found == expected
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])

@@ -238,6 +238,17 @@ def test_what_is_missing_is_named(adapt, load, general, domain, tokenizer):
         fit_to_budget(adapt(), general, domain, family="both", tokenizer=tokenizer)
     with pytest.raises(ValueError, match="one active adapter is needed, and LlamaForCausalLM has"):
         fit_to_budget(load(), general, domain, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"outside of torch\.inference_mode"), torch.inference_mode():
+        fit_to_budget(adapt(), general, domain, tokenizer=tokenizer)
+    merged = adapt()
+    with (
+        merged.disable_adapter(),
+        pytest.raises(ValueError, match="'default' can't be scaled while it is switched off"),
+    ):
+        fit_to_budget(merged, general, domain, tokenizer=tokenizer)
+    merged.merge_adapter()
+    with pytest.raises(ValueError, match=r"can't be scaled while it is merged; call model\.unmerge_adapter\(\) first"):
+        fit_to_budget(merged, general, domain, tokenizer=tokenizer)
     dora = get_peft_model(load(), LoraConfig(target_modules=["q_proj"], use_dora=True))
     allowed = "allowed: ADAPTQ, LoRA or AdaLoRA, SHiRA, LoHa, LoKr, RandLoRA, and no DoRA"
     with pytest.raises(ValueError, match=rf"adapters in peft\.tuners\.lora\.layer\.Linear can't be scaled; {allowed}"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
-from support import logits, randomize, randomize_trained
+from support import logits, randomize, randomize_trained, tiny_qwen_moe
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from adaptq_peft import AdaptQConfig
@@ -154,3 +154,19 @@ def test_the_size_of_batches_makes_no_difference(load, texts):
         found.append(trained(model))
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[1][name], rtol=1e-2, atol=1e-4)
+
+
+def test_what_lora_adds_to_fused_experts_is_scaled(texts):
+    """An expert reads a part of what its module reads."""
+    model = tiny_qwen_moe().eval()
+    experts = next(name for name, parameter in model.named_parameters() if parameter.ndim == 3)
+    config = LoraConfig(target_modules=["q_proj"], target_parameters=[experts.rpartition("layers.0.")[2]])
+    model = get_peft_model(model, config)
+    randomize_trained(model, std=0.1)
+    before = {
+        name: p.detach().clone() for name, p in model.named_parameters() if "experts" in name and "lora_B" in name
+    }
+    DeltaShrinkage(model, *texts, batch_size=4).set(1.0)
+    after = dict(model.named_parameters())
+    assert before
+    assert all(torch.allclose(after[name], value / 2) for name, value in before.items())

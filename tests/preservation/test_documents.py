@@ -98,6 +98,8 @@ def test_progress_counts_batches(load, tokenizer):
     [
         ("text", {}, TypeError, "pass a list of documents"),
         ([], {}, ValueError, "texts is empty"),
+        (["ab", None], {}, TypeError, "text 1 is a NoneType; allowed: a str, or a dict"),
+        ([{"body": "ab"}], {}, TypeError, "text 0 is a NoneType; allowed"),
         (["", ""], {}, ValueError, "none of the 2 texts has 2 tokens"),
         (["ab"], {"max_length": 1}, ValueError, "max_length=1 is out of range; it must be at least 2"),
         (["ab"], {"max_length": 8, "stride": 9}, ValueError, "stride=9 is out of range; it must be from 1 to max_len"),

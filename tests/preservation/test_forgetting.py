@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from support import logits, randomize
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from support import logits, randomize, tiny_t5
 
 from adaptq_peft import AdaptQConfig, BaseReference, measure_forgetting
 from adaptq_peft.preservation.forgetting import _top_log_probs as top_log_probs
@@ -118,3 +119,49 @@ def test_what_is_missing_is_named(adapt, make_model, general, tokenizer):
     merged.merge_adapter()
     with pytest.raises(ValueError, match="adapters are merged into this model"):
         measure_forgetting(merged, general, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["transformers", "compiled"])
+def test_adapters_that_are_not_at_the_top_are_found(kind, load, general, domain, tokenizer):
+    config = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    if kind == "transformers":
+        model = load()
+        model.add_adapter(config)
+    else:
+        model = torch.compile(get_peft_model(load(), config))
+    expected = measure_forgetting(model, base=BaseReference.of(load(), general, domain, tokenizer=tokenizer))
+    found = measure_forgetting(model, general, domain, tokenizer=tokenizer)
+    assert found.degradation == expected.degradation != 0
+    assert found.domain_kl == expected.domain_kl
+
+
+def test_where_there_is_no_base_nothing_is_compared(load, general, tokenizer):
+    lora = get_peft_model(load(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no adapter and nothing quantized"):
+        measure_forgetting(lora.merge_and_unload(), general, tokenizer=tokenizer)
+    pissa = get_peft_model(load(), LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
+    with pytest.raises(ValueError, match="init_lora_weights='pissa', which changes the base's weights"):
+        measure_forgetting(pissa, general, tokenizer=tokenizer)
+    with pytest.raises(
+        ValueError, match="T5ForConditionalGeneration has an encoder and a decoder; BaseReference works"
+    ):
+        BaseReference.of(tiny_t5(), general, tokenizer=tokenizer)
+
+
+def test_prompt_tuning_is_measured(load, general, tokenizer):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    report = measure_forgetting(get_peft_model(load(), config), general, tokenizer=tokenizer)
+    assert report.training != 0
+    assert (
+        report.general.base.total.nll
+        == BaseReference.of(load(), general, tokenizer=tokenizer).general_losses.total.nll
+    )
+
+
+def test_texts_are_strings_or_rows_with_a_text(load, general, tokenizer):
+    expected = BaseReference.of(load(), general, tokenizer=tokenizer).general_losses.total.nll
+    for texts in (Dataset.from_dict({"text": general}), [{"text": text} for text in general], iter(general)):
+        assert BaseReference.of(load(), texts, tokenizer=tokenizer).general_losses.total.nll == expected
+    with pytest.raises(ValueError, match="batch_size=0; it must be at least 1"):
+        BaseReference.of(load(), general, tokenizer=tokenizer, batch_size=0)

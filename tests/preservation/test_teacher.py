@@ -7,6 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from support import randomize
+from torch.utils.data import DataLoader
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from adaptq_peft import AdaptQConfig
 from adaptq_peft.preservation.teacher import BaseAnswers, collate
@@ -135,3 +137,46 @@ def test_texts_that_cannot_be_used(llama, texts, message):
 def test_no_tokens_to_keep(llama, general_samples):
     with pytest.raises(ValueError, match="top_k=0; it must be at least 1"):
         BaseAnswers.of(llama, general_samples, top_k=0)
+
+
+def test_what_is_trained_stays_as_it_was(make_model, general_samples):
+    lora = get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM"))
+    for name, parameter in lora.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    before = [parameter.requires_grad for parameter in lora.parameters()]
+    BaseAnswers.of(lora, general_samples[:2])
+    assert [parameter.requires_grad for parameter in lora.parameters()] == before
+
+
+def test_a_compiled_model_answers_with_its_adapter_off(make_model, general_samples):
+    expected = BaseAnswers.of(make_model(), general_samples, top_k=5)
+    lora = get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    assert same(BaseAnswers.of(torch.compile(lora), general_samples, top_k=5), expected)
+
+
+def test_a_model_that_lost_its_base_is_refused(make_model, general_samples):
+    pissa = get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights="pissa"))
+    with pytest.raises(ValueError, match=r"init_lora_weights='pissa', which changes the base's weights.*from_base"):
+        BaseAnswers.of(pissa, general_samples)
+    merged = get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    merged.merge_adapter()
+    with pytest.raises(ValueError, match="adapters are merged into this model"):
+        BaseAnswers.of(merged, general_samples)
+
+
+def test_batches_padded_on_the_left_are_answered_as_texts_alone(general_samples):
+    """In a model with absolute positions."""
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=64, n_embd=16, n_layer=1, n_head=2)).eval()
+    rows = [sample["input_ids"][: 10 + index] for index, sample in enumerate(general_samples[:4])]
+    width = max(map(len, rows))
+    batch = {
+        "input_ids": torch.tensor([[0] * (width - len(row)) + row for row in rows]),
+        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+    }
+    found = BaseAnswers.of(gpt2, DataLoader([batch], batch_size=None), top_k=5)
+    for text, row in zip(found, rows, strict=True):
+        tokens, log_probs = top_k_log_probs(gpt2(torch.tensor([row])).logits[0], 5)
+        assert text.input_ids.tolist() == row
+        assert torch.equal(text.tokens.long(), tokens)
+        assert torch.allclose(text.log_probs.float(), log_probs, atol=5e-3)
