@@ -23,6 +23,8 @@ from ..demo.display import progress_bar
 from ..demo.model import demo_model_folder, faster_dtype
 from ..demo.quiet import quiet_libraries
 from ..demo.training import training_windows
+from ..fingerprint import fingerprint_base
+from ..selection import find_blocks
 from .measure import Measurements
 from .methods import Method, check_documents_for_budgets, resolve_methods
 from .plots import check_matplotlib, plot_fronts
@@ -119,6 +121,11 @@ class _Study:
             "texts": self.texts.digest,
             "settings": self.settings.of_a_run(),
         }
+        if self.model is not None:  # a folder, or a branch on the Hub, may get other weights
+            base = load()
+            blocks = find_blocks(base)
+            fingerprint: Any = fingerprint_base(base, blocks, range(len(blocks)))
+            identity["weights"] = fingerprint["samples"]
         self.store = RunStore(folder, identity)
 
     def searched(self, samples: int) -> Iterator[Run]:

@@ -147,7 +147,7 @@ def _batches(windows: list[Tensor], batch_size: int) -> Iterator[Tensor]:
 def _batch_nll(model: nn.Module, tokens: Tensor) -> float:
     """Summed negative log likelihood in nats of tokens[:, 1:], given those before; tokens is [batch, positions]."""
     tokens = tokens.to(input_device(model))
-    logits = model(input_ids=tokens).logits[:, -tokens.shape[1] : -1].flatten(0, 1)  # prompt tuning puts some in front
+    logits = token_logits(model, input_ids=tokens)[:, :-1].flatten(0, 1)
     targets = tokens[:, 1:].flatten()
     return token_nll(logits, targets).cpu().double().sum().item()  # MPS has no float64
 
@@ -158,6 +158,25 @@ def check_decoder_only(model: nn.Module, purpose: str) -> None:
         raise ValueError(
             f"{type(model).__name__} has an encoder and a decoder; {purpose} works with decoder-only language models"
         )
+
+
+def token_logits(model: nn.Module, **inputs: Tensor) -> Tensor:
+    """What a causal language model predicts after each token: [batch, positions, vocabulary].
+
+    Args:
+        model: is called with `inputs`.
+        inputs: with `input_ids`, [batch, positions].
+
+    Raises:
+        ValueError: if the model gives no logits for each token, as one that classifies sequences.
+    """
+    logits = model(**inputs).logits
+    if logits.ndim != 3:
+        raise ValueError(
+            f"{type(model).__name__} returns logits of shape {list(logits.shape)}; needed is a causal language model, "
+            "which returns [batch, positions, vocabulary]"
+        )
+    return logits[:, -inputs["input_ids"].shape[1] :]  # prompt tuning puts positions in front
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:

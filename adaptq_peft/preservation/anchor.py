@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..evaluation.perplexity import token_logits
 from ..offloading import input_device
 from .anchor_weight import AdaptiveWeight
 from .teacher import AnsweredText, BaseAnswers, collate
@@ -142,15 +143,13 @@ class Anchor:
 
     def _divergence(self, model: nn.Module, texts: list[AnsweredText]) -> Tensor:
         batch, rows, tokens, log_probs = collate(texts, input_device(model))
-        logits = model(**batch).logits
+        logits = token_logits(model, **batch)
         vocabulary = self.answers.vocabulary  # type: ignore[union-attr]
         if logits.shape[-1] < vocabulary:
             raise ValueError(
                 f"the model has {logits.shape[-1]} tokens to choose among, the base that answered had {vocabulary}: "
                 "make the anchor from the base that is trained"
             )
-        if logits.shape[1] != batch["input_ids"].shape[1]:
-            logits = logits[:, -batch["input_ids"].shape[1] :]  # prompt tuning puts positions in front
         where = (part.to(logits.device) for part in (rows, tokens, log_probs))
         return top_k_kl(logits.flatten(0, 1), *where)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..evaluation import Perplexity, token_nll
+from ..evaluation.perplexity import token_logits
 from ..evaluation_mode import evaluation_mode
 from ..offloading import input_device
 
@@ -58,8 +59,7 @@ class DocumentBatch(NamedTuple):
 
         No attention mask is given: the padding is on the right, where no token of a causal model looks.
         """
-        logits = model(input_ids=self.input_ids.to(input_device(model))).logits
-        logits = logits[:, -self.input_ids.shape[1] :]  # prompt tuning puts positions in front
+        logits = token_logits(model, input_ids=self.input_ids.to(input_device(model)))
         return logits[self.predicted.to(logits.device)]
 
 
@@ -216,6 +216,17 @@ class LossSum:
 
     def result(self) -> DocumentLosses:
         return DocumentLosses(self._nll.numpy(), self._num_tokens.numpy())
+
+
+def check_positions(model: nn.Module, documents: Documents) -> None:
+    """Raise ValueError if a window is longer than the model has positions."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    longest = max(len(window.tokens) for window in documents.windows)
+    if isinstance(limit, int) and 0 < limit < longest:
+        raise ValueError(
+            f"windows of {longest} tokens are longer than the {limit} positions of {type(model).__name__}; pass "
+            f"max_length={limit} or less"
+        )
 
 
 def check_finite(losses: DocumentLosses, name: str) -> None:

@@ -18,6 +18,7 @@ from .documents import (
     Documents,
     LossSum,
     check_finite,
+    check_positions,
     load_tokenizer,
     measure_documents,
     tokenize_documents,
@@ -90,7 +91,8 @@ class BaseReference:
             top_k: for the KL: how many of the likeliest tokens are kept apart; the others are one class. Default 128.
 
         Raises:
-            ValueError: if texts are empty, the model has an encoder, or the original model can't be had.
+            ValueError: if texts are empty, the model has an encoder or too few positions, or its original can't be
+                had.
         """
         model = unwrapped(model)
         check_decoder_only(model, "BaseReference")
@@ -98,6 +100,9 @@ class BaseReference:
         sizes: dict[str, Any] = {"max_length": max_length, "stride": stride, "max_tokens": max_tokens}
         general = tokenize_documents(tokenizer, general_texts, **sizes)
         domain = None if domain_texts is None else tokenize_documents(tokenizer, domain_texts, **sizes)
+        for documents in (general, domain):
+            if documents is not None:
+                check_positions(model, documents)
         domain_losses: DocumentLosses | None = None
         domain_top: tuple[TopLogProbs, ...] = ()
         with original_model(model):

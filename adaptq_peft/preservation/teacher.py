@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..evaluation.perplexity import check_decoder_only
+from ..evaluation.perplexity import check_decoder_only, token_logits
 from ..evaluation_mode import evaluation_mode
 from ..offloading import input_device
 from ..quantization import is_quantized
@@ -118,7 +118,7 @@ class BaseAnswers(Sequence[AnsweredText]):
         vocabulary = 0
         with _base_of(model), evaluation_mode(model), torch.no_grad():
             for batch in _read(model, general_texts, tokenizer, samples, max_length, batch_size):
-                logits = model(**_to(batch, input_device(model))).logits
+                logits = token_logits(model, **_to(batch, input_device(model)))
                 vocabulary = logits.shape[-1]
                 found += [
                     _answered(row, *top_k_log_probs(row_logits, min(top_k, vocabulary)), _smallest_dtype(vocabulary))

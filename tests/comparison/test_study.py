@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from adaptq_peft.comparison import StudyError, StudySettings, run_study
 from adaptq_peft.comparison import study as study_module
@@ -106,6 +108,18 @@ def test_stopped_study_goes_on_where_it_was(fake, study):
     fake.ran = []
     assert study(methods=("lora", "full"), seeds=(0, 1)) == rows
     assert fake.ran == []
+
+
+def test_other_weights_in_the_same_folder_are_another_model(fake, settings, checkpoint, texts, console, tmp_path):
+    folder, counts = shutil.copytree(checkpoint, tmp_path / "model"), []
+    for change in (False, False, True):
+        if change:
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            model.model.layers[0].mlp.down_proj.weight.data.normal_()
+            model.save_pretrained(folder)
+        run_study(settings(methods=("lora",), rates=(1e-3,)), model=str(folder), texts=texts, console=console)
+        counts.append(len(fake.ran))
+    assert counts == [1, 1, 2]
 
 
 def test_study_that_goes_on_keeps_its_dtype(fake, study, monkeypatch, tmp_path):

@@ -191,3 +191,12 @@ def test_degradation_is_relative_to_the_base():
 def test_degradation_refuses_different_amounts_of_text():
     with pytest.raises(ValueError, match="perplexities over 9 and 10 tokens cannot be compared"):
         degradation(Perplexity(1.0, 9), Perplexity(1.0, 10))
+
+
+def test_a_model_without_logits_for_each_token_is_refused():
+    class Classifier(UniformModel):
+        def forward(self, input_ids):
+            return SimpleNamespace(logits=torch.zeros(len(input_ids), 2))
+
+    with pytest.raises(ValueError, match=r"Classifier returns logits of shape \[1, 2\]; needed is a causal language"):
+        evaluate_perplexity(Classifier(), LetterTokenizer(), TEXTS[:1])

@@ -163,5 +163,9 @@ def test_texts_are_strings_or_rows_with_a_text(load, general, tokenizer):
     expected = BaseReference.of(load(), general, tokenizer=tokenizer).general_losses.total.nll
     for texts in (Dataset.from_dict({"text": general}), [{"text": text} for text in general], iter(general)):
         assert BaseReference.of(load(), texts, tokenizer=tokenizer).general_losses.total.nll == expected
+    short = load()
+    short.config.max_position_embeddings = 8
+    with pytest.raises(ValueError, match=r"windows of \d+ tokens are longer than the 8 positions .* max_length=8"):
+        BaseReference.of(short, general, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="batch_size=0; it must be at least 1"):
         BaseReference.of(load(), general, tokenizer=tokenizer, batch_size=0)
