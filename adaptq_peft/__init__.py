@@ -13,6 +13,7 @@ from .artifacts.quantized_base import QuantizedBaseReference
 from .config import AdaptQConfig
 from .preservation import (
     Anchor,
+    BaseAnswers,
     BaseReference,
     ForgettingCallback,
     ForgettingReport,
@@ -33,6 +34,7 @@ __all__ = [
     "AdaptQConfig",
     "AdaptQTuner",
     "Anchor",
+    "BaseAnswers",
     "BaseReference",
     "ForgettingCallback",
     "ForgettingReport",

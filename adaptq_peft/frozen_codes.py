@@ -71,8 +71,15 @@ class _Codes(NamedTuple):
 
 
 def check_calibrated_before(config: AdaptQConfig, others: Mapping[str, AdaptQConfig], forms: BlockForms) -> None:
-    """Calibration needs the original model, and other adapters have changed that."""
+    """Calibration needs the original model, which may have arrived in 4 bits, or other adapters have changed."""
     is_new = config.base_fingerprint is None and config.quantization_calibration is not None
+    if is_new and forms.kept and not any(map(_has_codes_of_an_adapter, forms.kept.values())):
+        raise ValueError(
+            f"quantization_calibration is {config.quantization_calibration!r}, and {len(forms.kept)} linears of this "
+            f"model, the first is {next(iter(forms.kept))}, have plainly rounded codes already, which can't be "
+            "calibrated. Load the model in 16 bits, or take what unload() returns; or give a quantized_base, or leave "
+            "quantization_calibration out."
+        )
     if is_new and others and forms.has_new_codes:
         raise ValueError(
             f"The new adapter freezes blocks that adapters {list(others)} on this model do not freeze, and they can't "

@@ -145,7 +145,7 @@ def _size(linear: Any) -> LinearSize:
 def _check_measurable(model: nn.Module, linears: Mapping[str, nn.Module], what: str) -> None:
     reason = None
     if input_device(model).type == "meta":
-        reason = "is on the meta device and has no weights"
+        reason = "is on the meta device and has no weights (as with adaptq profile --stream, which can't do this)"
     elif any(isinstance(module, AdaptQLayer) for module in model.modules()):
         reason = "has adapters already"
     elif any(is_quantized(linear) for linear in linears.values()):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from support import logits, randomize
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from adaptq_peft import AdaptQConfig
+from adaptq_peft import AdaptQConfig, adaptq_bnb_config
 from adaptq_peft.quantization import is_quantized, quantize_linear
 
 METHODS = ["gptq", "descent"]
@@ -144,14 +145,27 @@ def test_codes_that_a_deleted_adapter_left_are_not_taken_for_plain_rounding(llam
     assert torch.equal(logits(loaded, batch), logits(plain, batch))
 
 
-def test_a_new_calibrated_adapter_where_a_deleted_one_has_quantized(llama, samples, batch, tmp_path):
+@pytest.mark.parametrize("how", ["a deleted adapter", "all in 4 bits", "split"])
+def test_codes_that_are_there_already_can_not_be_calibrated(how, llama, samples, tmp_path):
+    if how == "a deleted adapter":
+        wrapped = get_peft_model(llama, config(quantization_calibration=None), adapter_name="first")
+        wrapped.delete_adapter("first")
+        model = wrapped.base_model.model
+    else:
+        llama.save_pretrained(tmp_path)
+        blocks = config().layers_to_transform
+        split = how == "split"
+        bits = adaptq_bnb_config(blocks, tmp_path) if split else BitsAndBytesConfig(load_in_4bit=True)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=bits)
+    found = r"quantization_calibration is 'auto', and 14 linears of this model, .* plainly rounded codes already"
+    with pytest.raises(ValueError, match=found):
+        get_peft_model(model, config(samples, quantization_calibration="auto"))
+
+
+def test_another_calibrated_adapter_shares_the_codes_of_the_first(llama, samples, batch, tmp_path):
     base = copy.deepcopy(llama)
-    wrapped = get_peft_model(llama, config(quantization_calibration=None), adapter_name="first")
-    wrapped.delete_adapter("first")
-    for name in ("second", "third"):
-        wrapped.add_adapter(name, config(samples))
-    plain = wrapped.base_model.quantization_report.plain
-    assert (len(plain), set(plain.values())) == (14, {"it was quantized already"})
+    wrapped = get_peft_model(llama, config(samples), adapter_name="first")
+    wrapped.add_adapter("second", config(samples))
     wrapped.set_adapter("second")
     wrapped.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base, tmp_path / "second")

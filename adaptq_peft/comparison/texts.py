@@ -70,6 +70,11 @@ def read_study_texts(files: Mapping[str, Path | None]) -> StudyTexts:
     read = {name: read_documents(path) for name, path in files.items() if path is not None}
     for text, share in (("domain", DOMAIN_VALIDATION_SHARE), ("general", GENERAL_VALIDATION_SHARE)):
         if f"{text}_valid" not in read:
+            if len(read[f"{text}_train"]) < 2:
+                raise ValueError(
+                    f"{str(files[f'{text}_train'])!r} holds one document, and some are held out for validation; a "
+                    f".txt file is cut at blank lines. Give more documents, or a file for {text}_valid"
+                )
             read[f"{text}_train"], read[f"{text}_valid"] = hold_out(read[f"{text}_train"], share)
     return StudyTexts(**read)
 

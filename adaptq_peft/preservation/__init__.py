@@ -7,9 +7,11 @@ from .denoising import threshold_deltas
 from .forgetting import BaseReference, measure_forgetting
 from .forgetting_callback import ForgettingCallback
 from .report import ForgettingReport, TextComparison
+from .teacher import BaseAnswers
 
 __all__ = [
     "Anchor",
+    "BaseAnswers",
     "BaseReference",
     "ForgettingCallback",
     "ForgettingReport",

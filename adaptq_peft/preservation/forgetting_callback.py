@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -54,6 +55,13 @@ class ForgettingCallback(TrainerCallback):
     ) -> None:
         """Refuse settings that would choose the worst model, or look for the figures before they are there."""
         self._is_training, self._logged = True, None
+        if args.eval_strategy == "no":
+            lost = "" if self._budget is None else ", and the budget stops nothing"
+            warnings.warn(
+                f'eval_strategy is "no", so ForgettingCallback measures nothing while the model trains{lost}; give '
+                'eval_strategy="steps" (or "epoch") and an eval_dataset',
+                stacklevel=2,
+            )
         metric = args.metric_for_best_model or ""
         metric = metric if metric.startswith("eval_") else f"eval_{metric}"
         if not metric.startswith(("eval_general_", "eval_domain_")):

@@ -80,6 +80,13 @@ def test_missing_file_is_named(tmp_path):
         read_study_texts({"domain_train": tmp_path, "domain_test": tmp_path, "general_train": None})
 
 
+def test_one_document_that_should_be_split_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
+    files = dict.fromkeys(("domain_train", "domain_test", "general_train", "general_test"), tmp_path / "a.txt")
+    with pytest.raises(ValueError, match=r"a.txt' holds one document.* cut at blank lines.* file for domain_valid"):
+        read_study_texts(files)
+
+
 def test_hold_out_takes_evenly_spaced_documents():
     kept, held = hold_out(list("abcdefghij"), 0.2)
     assert (kept, held) == (list("abdefgij"), ["c", "h"])

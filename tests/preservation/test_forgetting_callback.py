@@ -22,9 +22,9 @@ def run(adapt, load, general, domain, tokenizer, tmp_path):
     def build(budget=None, std=0.0, lr=1e-3, early=(), before=(), **options):
         samples = [{**tokenizer(text), "labels": tokenizer(text)["input_ids"]} for text in domain]
         arguments = TrainingArguments(
-            output_dir=str(tmp_path / "out"), per_device_train_batch_size=1, max_steps=4, eval_strategy="steps",
-            eval_steps=2, learning_rate=lr, report_to=[], use_cpu=True, disable_tqdm=True,
-            per_device_eval_batch_size=1, **{"save_strategy": "no", **options},
+            output_dir=str(tmp_path / "out"), per_device_train_batch_size=1, max_steps=4, eval_steps=2,
+            learning_rate=lr, report_to=[], use_cpu=True, disable_tqdm=True, per_device_eval_batch_size=1,
+            **{"eval_strategy": "steps", "save_strategy": "no", **options},
         )  # fmt: skip
         reference = BaseReference.of(load(), general, domain, tokenizer=tokenizer)
         model, tracker = adapt(std=std), Tracker()
@@ -93,6 +93,12 @@ def test_the_best_model_is_the_one_of_the_lowest_perplexity(run):
 def test_a_metric_that_would_keep_the_worst_model_is_refused(run):
     with pytest.raises(ValueError, match=r"'eval_general_perplexity' is better the lower .* greater_is_better=False"):
         run(load_best_model_at_end=True, **KEPT)
+
+
+@pytest.mark.parametrize(("budget", "lost"), [(None, "trains; give"), (0.1, "trains, and the budget stops nothing;")])
+def test_without_evaluations_a_warning_says_that_nothing_is_measured(run, budget, lost):
+    with pytest.warns(UserWarning, match=f'eval_strategy is "no", so ForgettingCallback measures nothing .* {lost}'):
+        run(budget=budget, eval_strategy="no")
 
 
 def test_early_stopping_sees_the_figures_or_is_refused(run):
