@@ -16,6 +16,16 @@ from .report import TextComparison
 if TYPE_CHECKING:
     from transformers import Trainer
 
+#: What is logged; the lower, the better.
+METRICS = (
+    "eval_general_perplexity",
+    "eval_general_degradation",
+    "eval_general_upper_bound",
+    "eval_domain_perplexity",
+    "eval_domain_change",
+    "eval_domain_kl",
+)
+
 
 class ForgettingCallback(TrainerCallback):
     """At each evaluation logs general perplexity, degradation and KL through `trainer.log`, so every tracker has them.
@@ -62,9 +72,8 @@ class ForgettingCallback(TrainerCallback):
                 'eval_strategy="steps" (or "epoch") and an eval_dataset',
                 stacklevel=2,
             )
-        metric = args.metric_for_best_model or ""
-        metric = metric if metric.startswith("eval_") else f"eval_{metric}"
-        if not metric.startswith(("eval_general_", "eval_domain_")):
+        metric = "eval_" + (args.metric_for_best_model or "").removeprefix("eval_")
+        if metric not in METRICS:
             return
         if args.greater_is_better:
             raise ValueError(

@@ -31,11 +31,9 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     as it is.
 
     Raises:
-        ValueError: if adapters are merged: they would be unmerged, and stay so; or if they changed the base when they
-            were made, as PiSSA does.
+        ValueError: if adapters are merged: they would be unmerged, and stay so.
     """
     model = unwrapped(model)
-    _check_base_is_kept(model)
     if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in model.modules()):
         raise ValueError(
             "adapters are merged into this model, so it can't be compared with its base; call "
@@ -72,8 +70,8 @@ def _layers_disabled(model: nn.Module) -> Iterator[None]:
             module.enable_adapters(True)
 
 
-def _check_base_is_kept(model: nn.Module) -> None:
-    """Raise ValueError if making an adapter took something out of the base's weights."""
+def check_base_is_kept(model: nn.Module) -> None:
+    """Raise ValueError if making an adapter changed the base's weights, as PiSSA does."""
     for name, config in getattr(model, "peft_config", {}).items():
         how = getattr(config, "init_lora_weights", None)
         if isinstance(how, str) and how.startswith(_CHANGE_THE_BASE):
@@ -94,6 +92,7 @@ def original_model(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: if they can't be had; the message says what to do instead.
     """
+    check_base_is_kept(model)
     quantized = {
         name: module
         for name, module in model.named_modules()

@@ -25,7 +25,7 @@ from ..evaluation_mode import evaluation_mode
 from ..offloading import input_device
 from ..quantization import is_quantized
 from ..selection.calibration import Batch, calibration_batches
-from .original_model import adapters_disabled, unwrapped
+from .original_model import adapters_disabled, check_base_is_kept, unwrapped
 from .top_k_kl import LOG_ZERO, top_k_log_probs
 
 _FORMAT = "adaptq_base_answers_1"
@@ -203,6 +203,7 @@ def collate(texts: Sequence[AnsweredText], device: torch.device) -> tuple[Batch,
 @contextmanager
 def _base_of(model: Any) -> Iterator[None]:
     """The model with its adapters off, within the context."""
+    check_base_is_kept(model)
     if any(is_quantized(module) for module in model.modules()):
         warnings.warn(
             "Linears of the model are quantized, so the anchor's answers come from the quantized base: training is "

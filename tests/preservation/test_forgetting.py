@@ -149,6 +149,12 @@ def test_where_there_is_no_base_nothing_is_compared(load, general, tokenizer):
         BaseReference.of(tiny_t5(), general, tokenizer=tokenizer)
 
 
+def test_with_a_reference_it_matters_not_how_an_adapter_began(load, general, tokenizer):
+    reference = BaseReference.of(load(), general, tokenizer=tokenizer)
+    pissa = get_peft_model(load(), LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
+    assert measure_forgetting(pissa, base=reference).degradation == pytest.approx(0, abs=1e-5)
+
+
 def test_prompt_tuning_is_measured(load, general, tokenizer):
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     report = measure_forgetting(get_peft_model(load(), config), general, tokenizer=tokenizer)

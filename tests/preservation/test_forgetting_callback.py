@@ -7,6 +7,7 @@ from support import randomize
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from adaptq_peft import BaseReference, ForgettingCallback, measure_forgetting
+from adaptq_peft.preservation.forgetting_callback import METRICS
 
 
 class Tracker(TrainerCallback):
@@ -54,7 +55,9 @@ def test_figures_are_logged_to_every_tracker_at_each_evaluation(run):
 
 def test_figures_are_metrics_of_the_evaluation(run):
     trainer, _, _ = run()
-    assert trainer.evaluate()["eval_general_perplexity"] > 1
+    found = trainer.evaluate()
+    assert {name for name in found if name.startswith(("eval_general", "eval_domain"))} == set(METRICS)
+    assert found["eval_general_perplexity"] > 1
 
 
 def test_weights_that_change_after_training_are_measured_anew(run):
