@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..block_forms import quantize_blocks
 from ..config import AdaptQConfig
-from ..preservation.bounds import MIN_DOCUMENTS
+from ..preservation.budget import MIN_GENERAL_DOCUMENTS
 from ..quantization import QUANTIZATION_NAMES, resolve_quantization
 from ..selection import find_blocks, selection_strategy_names, strategy_needs_general_profile
 from .texts import StudyTexts
@@ -134,10 +134,10 @@ def resolve_methods(names: Sequence[str]) -> list[Method]:
 def check_documents_for_budgets(methods: Sequence[Method], texts: StudyTexts) -> None:
     """Raise ValueError if a budget can't be fitted on the general text for validation: before anything is trained."""
     budgeted = [method.name for method in methods if method.finish == "budget"]
-    if budgeted and len(texts.general_valid) < 2 * MIN_DOCUMENTS:
+    if budgeted and len(texts.general_valid) < MIN_GENERAL_DOCUMENTS:
         raise ValueError(
             f"there are {len(texts.general_valid)} general documents for validation, and {budgeted} need at least "
-            f"{2 * MIN_DOCUMENTS} to fit and certify a budget; give more general text, or leave these methods out"
+            f"{MIN_GENERAL_DOCUMENTS} to fit and certify a budget; give more general text, or leave these methods out"
         )
 
 

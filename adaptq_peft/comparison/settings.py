@@ -34,8 +34,7 @@ class StudySettings:
         budget: allowed degradation for methods that hold one.
         dtype: that models are loaded in, as torch names it; "auto": that of finished runs in the folder, else bfloat16
             on a GPU, and on a CPU what it computes faster in.
-        scales: factors below 1 at which the trained change is measured, too, where
-            `Method.is_scaled` says so.
+        scales: factors below 1 at which the trained change is measured, too, where `Method.is_scaled` says so.
         save_adapters: whether the adapter of each finished run is saved, too.
 
     Raises:

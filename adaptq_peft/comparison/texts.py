@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..selection.json_files import JSON_SUFFIXES, read_json_entries
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -118,16 +120,11 @@ def read_documents(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}; give a .txt, .json or .jsonl file of documents")
-    text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".txt":
+        text = path.read_text(encoding="utf-8-sig")
         found = _articles(text) if _ARTICLE.search(text) else _BLANK_LINES.split(text)
-    elif path.suffix == ".jsonl":
-        found = [_text_of(json.loads(line), path) for line in text.split("\n") if line.strip()]
-    elif path.suffix == ".json":
-        entries = json.loads(text)
-        if not isinstance(entries, list):
-            raise ValueError(f"{str(path)!r} holds a {type(entries).__name__}; allowed: a list of texts or objects")
-        found = [_text_of(entry, path) for entry in entries]
+    elif path.suffix in JSON_SUFFIXES:
+        found = [_text_of(entry, path) for entry in read_json_entries(path)]
     else:
         raise ValueError(f"{str(path)!r} ends in {path.suffix!r}; allowed: .txt, .json, .jsonl")
     documents = [document.strip() for document in found if document.strip()]

@@ -30,6 +30,8 @@ from .forgetting import BaseReference, measure_domain, measure_quantized, resolv
 from .original_model import unwrapped
 from .report import ForgettingReport, TextComparison
 
+#: Half of the general documents choose, half certify.
+MIN_GENERAL_DOCUMENTS = 2 * MIN_DOCUMENTS
 #: Families of settings; see `fit_to_budget`.
 FAMILIES = ("scales", "shrinkage")
 
@@ -235,8 +237,8 @@ def _check(reference: BaseReference, budget: float) -> None:
         raise ValueError("there is no domain text to keep the gain on; pass domain=..., or a BaseReference with it")
     if not budget > -1:
         raise ValueError(f"budget is {budget}; allowed: a fraction above -1, such as 0.05 for 5%")
-    if reference.general.num_documents < 2 * MIN_DOCUMENTS:
+    if reference.general.num_documents < MIN_GENERAL_DOCUMENTS:
         raise ValueError(
             f"there are {reference.general.num_documents} general documents; half choose and half certify, so at "
-            f"least {2 * MIN_DOCUMENTS} are needed, and 64 or more are better"
+            f"least {MIN_GENERAL_DOCUMENTS} are needed, and 64 or more are better"
         )

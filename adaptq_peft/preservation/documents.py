@@ -20,6 +20,7 @@ from ..evaluation import Perplexity, token_nll
 from ..evaluation.perplexity import token_logits
 from ..evaluation_mode import evaluation_mode
 from ..offloading import input_device
+from ..selection.calibration import position_limit
 
 #: Called with (batches done, batches in all).
 Progress = Callable[[int, int], None]
@@ -220,9 +221,9 @@ class LossSum:
 
 def check_positions(model: nn.Module, documents: Documents) -> None:
     """Raise ValueError if a window is longer than the model has positions."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    limit = position_limit(model)
     longest = max(len(window.tokens) for window in documents.windows)
-    if isinstance(limit, int) and 0 < limit < longest:
+    if limit is not None and limit < longest:
         raise ValueError(
             f"windows of {longest} tokens are longer than the {limit} positions of {type(model).__name__}; pass "
             f"max_length={limit} or less"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..evaluation import token_nll
 from ..evaluation.perplexity import LOSS_ROWS, check_decoder_only
 from ..evaluation_mode import evaluation_mode
-from ..quantization import is_quantized
+from ..quantization import has_quantized
 from .documents import (
     DocumentLosses,
     Documents,
@@ -166,7 +166,7 @@ def resolve_reference(
         return base
     if general_texts is None:
         raise ValueError("there is no general text to measure on; pass general_texts, or a BaseReference as base=...")
-    if base is None and not (has_adapter(model) or any(is_quantized(module) for module in model.modules())):
+    if base is None and not (has_adapter(model) or has_quantized(model)):
         raise ValueError(
             f"{type(model).__name__} has no adapter and nothing quantized (was it merged?), so there is no base in it "
             "to compare with; pass the original model as base=..., or a BaseReference"
@@ -190,7 +190,7 @@ def compare(model: nn.Module, reference: BaseReference) -> tuple[TextComparison,
 
 def measure_quantized(model: nn.Module, documents: Documents, base: DocumentLosses, batch_size: int) -> DocumentLosses:
     """Losses of the base as it was quantized; `base` itself if nothing is quantized."""
-    if not any(is_quantized(module) for module in model.modules()):
+    if not has_quantized(model):
         return base
     with adapters_disabled(model):
         return measure_documents(model, documents, batch_size=batch_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..evaluation import degradation
@@ -63,7 +64,7 @@ class ForgettingCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse settings that would choose the worst model, or look for the figures before they are there."""
+        """Start anew, and say where settings keep the figures from being measured or used."""
         self._is_training, self._logged = True, None
         if args.eval_strategy == "no":
             lost = "" if self._budget is None else ", and the budget stops nothing"
@@ -72,6 +73,10 @@ class ForgettingCallback(TrainerCallback):
                 'eval_strategy="steps" (or "epoch") and an eval_dataset',
                 stacklevel=2,
             )
+        self._check_choice_of_the_best(args)
+
+    def _check_choice_of_the_best(self, args: TrainingArguments) -> None:
+        """Refuse settings that would choose the worst model, or look for the figures before they are there."""
         metric = "eval_" + (args.metric_for_best_model or "").removeprefix("eval_")
         if metric not in METRICS:
             return
@@ -112,12 +117,13 @@ class ForgettingCallback(TrainerCallback):
             if metrics is not None:
                 metrics.update(self._logged)
             return
-        general = self._measure_general()
+        model = unwrapped(self._trainer.model)  # type: ignore[arg-type]
+        general = self._measure_general(model)
         logs = {
             "eval_general_perplexity": general.adapted.total.value,
             "eval_general_degradation": general.degradation,
             "eval_general_upper_bound": general.upper_bound(self._confidence),
-            **self._measure_domain(),
+            **self._measure_domain(model),
         }
         self._logged = logs if self._is_training else None
         if metrics is not None:
@@ -126,17 +132,15 @@ class ForgettingCallback(TrainerCallback):
         if self._budget is not None and general.degradation > max(self._budget, general.quantization):
             control.should_training_stop = True
 
-    def _measure_general(self) -> TextComparison:
-        model = unwrapped(self._trainer.model)  # type: ignore[arg-type]
+    def _measure_general(self, model: nn.Module) -> TextComparison:
         documents, base, size = self._reference.general, self._reference.general_losses, self._reference.batch_size
         if self._quantized is None:  # does not change while the adapter trains
             self._quantized = measure_quantized(model, documents, base, size)
         return TextComparison(base, self._quantized, measure_documents(model, documents, batch_size=size))
 
-    def _measure_domain(self) -> dict[str, float]:
+    def _measure_domain(self, model: nn.Module) -> dict[str, float]:
         if self._reference.domain is None or self._reference.domain_losses is None:
             return {}
-        model = unwrapped(self._trainer.model)  # type: ignore[arg-type]
         losses, kl = measure_domain(model, self._reference)
         change = degradation(losses.total, self._reference.domain_losses.total)
         return {"eval_domain_perplexity": losses.total.value, "eval_domain_change": change, "eval_domain_kl": kl}

@@ -33,7 +33,6 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: if adapters are merged: they would be unmerged, and stay so.
     """
-    model = unwrapped(model)
     if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in model.modules()):
         raise ValueError(
             "adapters are merged into this model, so it can't be compared with its base; call "

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..evaluation.perplexity import check_decoder_only, token_logits
 from ..evaluation_mode import evaluation_mode
 from ..offloading import input_device
-from ..quantization import is_quantized
+from ..quantization import has_quantized
 from ..selection.calibration import Batch, calibration_batches
 from .original_model import adapters_disabled, check_base_is_kept, unwrapped
 from .top_k_kl import LOG_ZERO, top_k_log_probs
@@ -191,20 +191,19 @@ def collate(texts: Sequence[AnsweredText], device: torch.device) -> tuple[Batch,
         "input_ids" and "attention_mask", int64, [texts, longest], padded on the right; the rows [n] of the flattened
         [texts * longest] positions that have answers; tokens [n, k], int64; log probabilities [n, k + 1], float32.
     """
-    ids = nn.utils.rnn.pad_sequence([text.input_ids.long() for text in texts], batch_first=True)
-    mask = nn.utils.rnn.pad_sequence([torch.ones_like(text.input_ids).long() for text in texts], batch_first=True)
-    rows = torch.cat([torch.arange(len(text.tokens)) + i * ids.shape[1] for i, text in enumerate(texts)])
+    batch = _padded([text.input_ids.long() for text in texts])
+    width = batch["input_ids"].shape[1]
+    rows = torch.cat([torch.arange(len(text.tokens)) + i * width for i, text in enumerate(texts)])
     tokens = torch.cat([text.tokens for text in texts]).long()
     log_probs = torch.cat([text.log_probs for text in texts]).float()
-    batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    return batch, rows.to(device), tokens.to(device), log_probs.to(device)
+    return _to(batch, device), rows.to(device), tokens.to(device), log_probs.to(device)
 
 
 @contextmanager
 def _base_of(model: Any) -> Iterator[None]:
     """The model with its adapters off, within the context."""
     check_base_is_kept(model)
-    if any(is_quantized(module) for module in model.modules()):
+    if has_quantized(model):
         warnings.warn(
             "Linears of the model are quantized, so the anchor's answers come from the quantized base: training is "
             "held to it, and can't undo what rounding to fewer bits broke. Where the original model fits in memory, "
@@ -231,8 +230,13 @@ def _read(
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
         rows = [ids[kept] for ids, kept in zip(batch["input_ids"], mask, strict=True) if kept.sum() > 1]
         if rows:  # padded on the right, as in training: on the left absolute positions would be others
-            pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
-            yield {"input_ids": pad(rows), "attention_mask": pad([torch.ones_like(row) for row in rows])}
+            yield _padded(rows)
+
+
+def _padded(rows: list[Tensor]) -> Batch:
+    """Token ids of different lengths as a batch, padded on the right."""
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    return {"input_ids": pad(rows), "attention_mask": pad([torch.ones_like(row) for row in rows])}
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

@@ -99,6 +99,11 @@ def is_quantized(module: nn.Module) -> bool:
     return _backend_of(module) is not None
 
 
+def has_quantized(model: nn.Module) -> bool:
+    """Whether any module of a model is a quantized linear."""
+    return any(is_quantized(module) for module in model.modules())
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is an `nn.Linear` or `Conv1D`, or stands for one as a quantized linear."""
     return isinstance(module, (nn.Linear, Conv1D)) or is_quantized(module)

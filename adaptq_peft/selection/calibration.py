@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from ..evaluation_mode import evaluation_mode
 from ..offloading import input_device
+from .json_files import JSON_SUFFIXES, read_json_entries
 
 Batch = dict[str, Any]
 
@@ -49,8 +49,7 @@ def calibration_batches(
         ValueError: if there are no samples, a sample has no tokens, or its form is unknown.
         FileNotFoundError: if a path names no file.
     """
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    max_length = min(max_length, limit) if isinstance(limit, int) and limit > 0 else max_length
+    max_length = min(max_length, position_limit(model) or max_length)
     if isinstance(data, DataLoader):
         batches = list(_take_from_loader(data, samples))
     else:
@@ -67,6 +66,12 @@ def calibration_batches(
             "usual. With None the model writes its own."
         )
     return batches
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """How many positions a model has, from its config; `None` if that does not say."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def batch_sample_count(batch: Batch) -> int:
@@ -149,19 +154,10 @@ def _read_file(path: str | os.PathLike[str]) -> Sequence[Any]:
             f"calibration data is the path {str(path)!r}, and there is no such file. Give an existing .txt, .json or "
             ".jsonl file; texts themselves go into a list."
         )
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".json":
-        entries = json.loads(text)
-        if not isinstance(entries, list):
-            raise ValueError(f"calibration file {str(path)!r} holds a {type(entries).__name__}; allowed: a list")
-        return entries
-    lines = [
-        line for line in text.split("\n") if line.strip()
-    ]  # splitlines() also cuts at U+2028, within JSON strings
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in lines]
+    if path.suffix in JSON_SUFFIXES:
+        return read_json_entries(path)
     if path.suffix == ".txt":
-        return lines
+        return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     raise ValueError(f"calibration file {str(path)!r} ends in {path.suffix!r}; allowed: .txt, .json, .jsonl")
 
 

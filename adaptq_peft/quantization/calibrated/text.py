@@ -14,7 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from ...selection.calibration import SELF_WRITTEN_LENGTH, calibration_batches, write_calibration_samples
+from ...selection.calibration import (
+    SELF_WRITTEN_LENGTH,
+    calibration_batches,
+    position_limit,
+    write_calibration_samples,
+)
 from .block_stream import Batch
 
 CALIBRATION_TOKENS = 24_576
@@ -56,8 +61,7 @@ def mixed_calibration_batches(
         found = calibration_batches(model, kind, samples=max(share // 16, 1), **options)
         batches += _thin_out(found, share)
     if can_write_text(model) or not given:
-        longest = getattr(getattr(model, "config", None), "max_position_embeddings", None) or max_length
-        length = min(SELF_WRITTEN_LENGTH, max_length, longest)
+        length = min(SELF_WRITTEN_LENGTH, max_length, position_limit(model) or max_length)
         written = _write(model, math.ceil(share / length), length, seed)
         batches += calibration_batches(model, written, samples=len(written), **options)
     return batches
