@@ -93,6 +93,10 @@ def plan(
     from .config import AdaptQConfig
     from .evaluation import largest_num_adapted_blocks, plan_memory
 
+    given = {"--blocks": blocks, "--num-blocks": num_blocks, "--budget": budget}
+    chosen = [option for option, value in given.items() if value is not None]
+    if len(chosen) > 1:
+        raise typer.BadParameter(f"{' and '.join(chosen)} each say how many blocks; give one of them")
     try:
         config = AdaptQConfig(
             selection_ratio=ratio,
@@ -104,7 +108,6 @@ def plan(
             delta_dtype=delta_dtype,
         )
         if budget is not None:
-            config.layers_to_transform = None
             config.num_adapted_blocks = largest_num_adapted_blocks(
                 model, budget, config, optimizer=optimizer, galore_rank=galore_rank
             )
@@ -133,23 +136,28 @@ def profile(
     ] = False,
 ) -> None:
     """Profile a model's blocks on texts, show the choice, and write a file for AdaptQConfig(profile=...)."""
-    from transformers import AutoTokenizer
-
     from .cli_tables import show_scores
     from .config import AdaptQConfig
     from .plan import choose_blocks
     from .selection import find_blocks, profile_activations
     from .skeleton import build_skeleton
 
+    if output.is_dir():
+        raise typer.BadParameter(f"{str(output)!r} is a folder; give the name of a file", param_hint="--output")
     try:
-        config = AdaptQConfig(selection_strategy=strategy, selection_ratio=ratio, general_calibration_data=general)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        config = AdaptQConfig(
+            selection_strategy=strategy,
+            selection_ratio=ratio,
+            calibration_data=data,
+            general_calibration_data=general,
+        )
         skeleton = build_skeleton(model)
         loaded = None if stream else type(skeleton).from_pretrained(model)
         found = profile_activations(
             model if loaded is None else loaded,
             data,
             general_data=general,
-            tokenizer=AutoTokenizer.from_pretrained(model),
             samples=samples,
             max_length=max_length,
             batch_size=batch_size,

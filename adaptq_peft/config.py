@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import InitVar, dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,6 +25,7 @@ from .quantization.calibrated import CALIBRATION_METHODS
 from .quantization.precision_plan import PRECISIONS, weight_budget_bytes
 from .registration import ensure_peft_type
 from .selection import ActivationProfile, selection_strategy_names, strategy_needs_general_profile
+from .selection.calibration import reread
 
 FORMAT_VERSION = 1
 DELTA_DTYPES = ("float32", "bfloat16", "float16")
@@ -45,7 +48,8 @@ class AdaptQConfig(PeftConfig):
     """Configuration of ADAPTQ: full-rank deltas on K transformer blocks, the linears of all other blocks in 4 bits.
 
     Use it where a script uses `LoraConfig`: `get_peft_model(model, AdaptQConfig(task_type="CAUSAL_LM"))`. After
-    `get_peft_model` the config holds what was resolved: `layers_to_transform`, `profile` and `base_fingerprint`.
+    `get_peft_model` the config holds what was resolved: `layers_to_transform`, `profile` and `base_fingerprint`. Used
+    again, it makes another adapter on the same blocks; for other blocks make a new one.
     The defaults are those that did better than the paper's method on both texts of a comparison at LoRA's usual rate
     (docs/study.md). The paper's method is `AdaptQConfig(selection_strategy="activation", frozen_rank=0)`.
 
@@ -166,13 +170,15 @@ class AdaptQConfig(PeftConfig):
 
     #: Whether `from_pretrained` made this config: the values of its adapter are about to be loaded. Not a field.
     is_from_file = False
+    #: Whether an adapter was made with this object, or the one that it was copied from, in this process. Not a field.
+    is_made_here = False
 
     def __post_init__(  # type: ignore[override]
         self, calibration_data: Any, general_calibration_data: Any, calibration_tokenizer: Any
     ) -> None:
         super().__post_init__()
         self.peft_type = ensure_peft_type()
-        given = (calibration_data, general_calibration_data, calibration_tokenizer)
+        given = (*map(reread, (calibration_data, general_calibration_data)), calibration_tokenizer)
         vars(self).update(zip(RUNTIME_FIELDS, given, strict=True))
         self._normalize()
         faults = [fault for check in _CHECKS for fault in check(self)]
@@ -181,6 +187,8 @@ class AdaptQConfig(PeftConfig):
 
     def _normalize(self) -> None:
         """Bring the forms that a field may take into the one that is stored: JSON types and `ActivationProfile`."""
+        if type(self.layers_to_transform) is int:
+            self.layers_to_transform = [self.layers_to_transform]
         if isinstance(self.layers_to_transform, (list, tuple, set, range)):
             indices = list(self.layers_to_transform)
             self.layers_to_transform = sorted(indices) if all(type(index) is int for index in indices) else indices
@@ -188,6 +196,8 @@ class AdaptQConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, (list, tuple)):
             self.exclude_modules = set(self.exclude_modules)
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
         if isinstance(self.delta_dtype, torch.dtype):
             self.delta_dtype = str(self.delta_dtype).removeprefix("torch.")
         if isinstance(self.quantization, (BitsAndBytesConfig, HqqConfig)):
@@ -196,10 +206,12 @@ class AdaptQConfig(PeftConfig):
             self.original_weights = os.fspath(self.original_weights)
         if isinstance(self.quantized_base, (str, os.PathLike)):
             self.quantized_base = QuantizedBaseReference(os.fspath(self.quantized_base))
-        if isinstance(self.quantized_base, dict):
-            self.quantized_base = QuantizedBaseReference(**self.quantized_base)
-        if isinstance(self.profile, dict):
-            self.profile = ActivationProfile(**self.profile)
+        with suppress(TypeError):  # other keys than theirs: the checks say so
+            if isinstance(self.quantized_base, dict):
+                self.quantized_base = QuantizedBaseReference(**self.quantized_base)
+        with suppress(TypeError):
+            if isinstance(self.profile, dict):
+                self.profile = ActivationProfile(**self.profile)
         if isinstance(self.profile, (str, os.PathLike)):
             self.profile = ActivationProfile.load(self.profile)
 
@@ -207,6 +219,11 @@ class AdaptQConfig(PeftConfig):
     def frozen_scaling(self) -> float:
         """The scale of B A in a low-rank correction."""
         return 2.0 if self.frozen_alpha is None else self.frozen_alpha / self.frozen_rank
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the adapter was saved before, so that its codes are in its file and not made anew."""
+        return self.base_fingerprint is not None and not self.is_made_here
 
     @property
     def calibration(self) -> Calibration:
@@ -294,11 +311,34 @@ def _check_strategy(config: AdaptQConfig) -> Iterator[str]:
         )
 
 
+def _check_seed(config: AdaptQConfig) -> Iterator[str]:
+    if type(config.selection_seed) is not int:
+        yield f"selection_seed is {config.selection_seed!r}; allowed: an integer"
+
+
+def _check_names(config: AdaptQConfig) -> Iterator[str]:
+    for name in ("layers_pattern", "target_modules", "exclude_modules", "modules_to_save"):
+        value = getattr(config, name)
+        names = [] if value is None else [value] if isinstance(value, str) else value
+        if not isinstance(names, (list, set, tuple)) or not all(isinstance(entry, str) for entry in names):
+            yield f"{name} is {value!r}; allowed: None, a name, or a list of names"
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        try:
+            re.compile(value if isinstance(value, str) else "")
+        except re.error as error:
+            yield f"{name} is {value!r}, which is no regular expression: {error}; give one, or a list of names"
+
+
+def _check_init_weights(config: AdaptQConfig) -> Iterator[str]:
+    if not isinstance(config.init_weights, bool):
+        yield f"init_weights is {config.init_weights!r}; allowed: True (zero) or False (random, for tests)"
+
+
 def _check_layers(config: AdaptQConfig) -> Iterator[str]:
     layers = config.layers_to_transform
     if layers is None:
         return
-    layers = [layers] if type(layers) is int else layers
     integers = isinstance(layers, list) and all(type(index) is int and index >= 0 for index in layers)
     if not isinstance(layers, list) or not integers or not layers or len(set(layers)) != len(layers):
         yield (
@@ -312,6 +352,12 @@ def _check_calibration(config: AdaptQConfig) -> Iterator[str]:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             yield f"{name} is {value!r}; allowed: an integer of 1 or more"
+    tokenizer = config.calibration.tokenizer
+    if tokenizer is not None and not callable(tokenizer):
+        yield (
+            f"calibration_tokenizer is {tokenizer!r}; allowed: None, or a tokenizer, as AutoTokenizer.from_pretrained "
+            "returns it"
+        )
 
 
 def _check_profile(config: AdaptQConfig) -> Iterator[str]:
@@ -478,6 +524,9 @@ _CHECKS = (
     _check_ratio,
     _check_count,
     _check_strategy,
+    _check_seed,
+    _check_names,
+    _check_init_weights,
     _check_layers,
     _check_calibration,
     _check_profile,

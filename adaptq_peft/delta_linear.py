@@ -93,12 +93,12 @@ class _DeltaLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             weight = _merged_weight(base_weight, deltas, ctx.scales, x.dtype)
             grad_x = grad_output @ (weight.t() if ctx.transposed else weight)
-        flat_grad = grad_output.flatten(0, -2)
+        flat_grad = grad_output.reshape(-1, grad_output.shape[-1])  # flatten(0, -2) takes no vector
         if ctx.needs_input_grad[2]:
             grad_bias = flat_grad.sum(0)
         grad_deltas: list[torch.Tensor | None] = [None] * len(deltas)
         for i in (i for i, needed in enumerate(ctx.needs_input_grad[5:]) if needed):
-            flat_x = x.flatten(0, -2)
+            flat_x = x.reshape(-1, x.shape[-1])
             left, right = (flat_x.t(), flat_grad) if ctx.transposed else (flat_grad.t(), flat_x)
             # beta=0: the first argument only gives a dtype; the scale is applied within the matrix product.
             scaled = torch.addmm(left.new_empty(()), left, right, beta=0, alpha=ctx.scales[i])

@@ -26,7 +26,7 @@ def calibration(
 ) -> Callable[[dict[str, nn.Module]], CalibratedLinears] | None:
     """Calibrated rounding for a new adapter; a saved one brings its codes along."""
     name, settings = config.quantization_calibration, resolve_quantization(plan.quantization)
-    if name is None or settings is None or config.base_fingerprint is not None:
+    if name is None or settings is None or config.is_saved:
         return None
     given = config.calibration
 
@@ -72,7 +72,7 @@ class _Codes(NamedTuple):
 
 def check_calibrated_before(config: AdaptQConfig, others: Mapping[str, AdaptQConfig], forms: BlockForms) -> None:
     """Calibration needs the original model, which may have arrived in 4 bits, or other adapters have changed."""
-    is_new = config.base_fingerprint is None and config.quantization_calibration is not None
+    is_new = not config.is_saved and config.quantization_calibration is not None
     if is_new and forms.kept and not any(map(_has_codes_of_an_adapter, forms.kept.values())):
         raise ValueError(
             f"quantization_calibration is {config.quantization_calibration!r}, and {len(forms.kept)} linears of this "

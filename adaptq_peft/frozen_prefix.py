@@ -32,11 +32,20 @@ class FrozenPrefix:
         self.take_over()
 
     def trained_from(self) -> int:
-        """Index of the lowest block with a trainable parameter; 0 if there is none."""
+        """Index of the lowest block that is differentiated: with a trainable parameter, or one before it; else 0."""
+        if self._trains_embeddings():
+            return 0
         for index, name in enumerate(self._block_names):
             if any(parameter.requires_grad for parameter in self._model.get_submodule(name).parameters()):
                 return index
         return 0
+
+    def _trains_embeddings(self) -> bool:
+        try:
+            embeddings = self._model.get_input_embeddings()
+        except (AttributeError, NotImplementedError):  # no transformers model, or one that reads no tokens
+            return False
+        return embeddings is not None and any(parameter.requires_grad for parameter in embeddings.parameters())
 
     def _lowest_trained(self) -> list[str]:
         """Names of the lowest trained block of each list of blocks: a tower has an input of its own."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -237,11 +237,16 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
                 output = add_correction(output, x, a, b, self.scaling[name])
         return output
 
-    def _forward_mixed_batch(self, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _forward_mixed_batch(self, adapter_names: list[str], *args: Any, **kwargs: Any) -> Any:
         """Each sample through the adapter that `adapter_names` gives for it; "__base__" is none."""
         if self.merged:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        if isinstance(self.base_layer, nn.Embedding) and any(map(self.has_adapter, adapter_names)):
+            raise ValueError(
+                "`adapter_names` can't be used here: an adapter has a delta on an Embedding in its blocks, which is "
+                "called with positions, one for all samples. Run the samples of each adapter as a batch of their own."
             )
         size = len(args[0] if args else next(iter(kwargs.values())))
         if size % len(adapter_names):
@@ -250,17 +255,16 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
                 f"{len(adapter_names)} and {size} respectively."
             )
         names = [name for name in adapter_names for _ in range(size // len(adapter_names))]
-        result: torch.Tensor | None = None
-        for adapter in dict.fromkeys(names):
-            rows = [row for row, name in enumerate(names) if name == adapter]
+        rows_of = {name: [row for row, of in enumerate(names) if of == name] for name in dict.fromkeys(names)}
+        parts = []
+        for adapter, rows in rows_of.items():
             inputs = [_rows(value, rows, size) for value in args]
             named = {key: _rows(value, rows, size) for key, value in kwargs.items()}
-            part = self._forward_as(adapter, *inputs, **named)
-            if result is None:
-                result = part.new_empty((size, *part.shape[1:]))
-            result[rows] = part
-        assert result is not None
-        return result
+            parts.append(self._forward_as(adapter, *inputs, **named))
+        order = torch.tensor([*chain.from_iterable(rows_of.values())]).argsort()
+        if isinstance(parts[0], tuple):  # a router of experts
+            return tuple(_in_order(tensors, order) for tensors in zip(*parts, strict=True))
+        return _in_order(parts, order)
 
     def _forward_as(self, adapter: str, *args: Any, **kwargs: Any) -> Any:
         """What the layer gives for one adapter; "__base__" is the base as the active adapters see it."""
@@ -356,7 +360,7 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
 
     def _merge_into_base(self, adapters: list[str], safe_merge: bool) -> None:
         parameters = self._base_parameters()
-        originals = self._unmerged_data or {name: parameter.data for name, parameter in parameters.items()}
+        originals = self._originals() or {name: parameter.data for name, parameter in parameters.items()}
         merged = {name: self._merged(name, original, adapters) for name, original in originals.items()}
         if safe_merge:
             _check_finite(merged.values(), adapters)
@@ -395,11 +399,19 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Put back the tensors from before the merge: subtracting a delta would not restore a bfloat16 weight."""
-        for name, original in self._unmerged_data.items():
+        for name, original in self._originals().items():
             getattr(self.base_layer, name).data = original
         self._unmerged_data = {}
         self.adaptq_merged = None
         self.merged_adapters.clear()
+
+    def _originals(self) -> dict[str, torch.Tensor]:
+        """The tensors from before the merge, moved and cast as the model has been since then."""
+        now = self._base_parameters()
+        return {
+            name: original if now[name].is_meta else original.to(now[name].device, now[name].dtype)
+            for name, original in self._unmerged_data.items()
+        }
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the deltas but keep their dtype, unlike PEFT's default: they may be wider than the base's."""
@@ -465,6 +477,12 @@ def _check_finite(tensors: Iterable[torch.Tensor], adapters: list[str]) -> None:
 def _rows(value: Any, rows: list[int], size: int) -> Any:
     """The given rows of a tensor with one row a sample; anything else as it is."""
     return value[rows] if isinstance(value, torch.Tensor) and value.ndim and len(value) == size else value
+
+
+def _in_order(parts: Sequence[torch.Tensor], order: torch.Tensor) -> torch.Tensor:
+    """Rows that were computed in parts, in the order of the samples."""
+    joined = torch.cat(tuple(parts))
+    return joined[order.to(joined.device)]
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -113,7 +113,7 @@ def choose_blocks(
         ValueError: if K or an index is out of range, activations are not finite, or the profile is of another model.
     """
     if config.layers_to_transform is not None:
-        chosen = _indices(config)
+        chosen = cast("list[int]", config.layers_to_transform)
         _check_indices(chosen, len(blocks))
         return chosen, config.profile
     named = _blocks_of_targets(model, blocks, config)
@@ -186,8 +186,7 @@ def _quantization(model: nn.Module, config: AdaptQConfig) -> str | dict[str, Any
         _check_not_gptq(model, config)
         return config.quantization  # type: ignore[return-value]  # AdaptQConfig has made it a name or a dict
     asked, found = resolve_quantization(config.quantization), resolve_quantization(arrived)
-    is_saved_adapter = config.base_fingerprint is not None
-    if is_saved_adapter and asked is not None and found is not None and not asked.same_codes(found):
+    if config.is_saved and asked is not None and found is not None and not asked.same_codes(found):
         warnings.warn(
             f"The adapter was trained with frozen blocks in {asked.describe()}, and this model arrived in "
             f"{found.describe()}: outputs differ from those of the model that was saved.",
@@ -213,7 +212,8 @@ def _check_gptq(
     settings = resolve_quantization(quantization)
     if settings is None or not settings.comes_with_base:
         return
-    missing = {index for other in others.values() for index in _indices(other)} - set(adapted)
+    by_others = {index for other in others.values() for index in cast("list[int]", other.layers_to_transform or [])}
+    missing = by_others - set(adapted)
     for name, value in (
         ("quantization_calibration", config.quantization_calibration),
         ("quantized_base", config.quantized_base),
@@ -229,11 +229,6 @@ def _check_gptq(
             f"linears in {settings.describe()} are gone, and new ones are not made here. Adapt these blocks, too, or "
             "put the new adapter on a base model of its own."
         )
-
-
-def _indices(config: AdaptQConfig) -> list[int]:
-    found = config.layers_to_transform or []
-    return [found] if isinstance(found, int) else found
 
 
 def _check_others(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from torch import nn
 
 from .config import AdaptQConfig
@@ -53,7 +53,15 @@ def is_excluded(name: str, config: AdaptQConfig) -> bool:
 
 
 def match_by_peft(name: str, target_modules: set[str] | list[str] | str, config: AdaptQConfig) -> Any:
-    """What PEFT's own rule says of a layer: a true value, a false one, or its false marker of an excluded layer."""
+    """What PEFT's own rule says of a layer: a true value, a false one, or its false marker of an excluded layer.
+
+    Excluded are also the layers within modules that PEFT will save whole: those whose name ends in an entry of
+    `modules_to_save`, within a word, too.
+    """
+    parts = name.split(".")
+    paths = [".".join(parts[: count + 1]) for count in range(len(parts))]
+    if any(path.endswith(saved) for path in paths for saved in config.modules_to_save or ()):
+        return _ExcludedModule()
     rules = SimpleNamespace(
         target_modules=target_modules,
         exclude_modules=config.exclude_modules,

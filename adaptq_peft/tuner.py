@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -89,6 +90,7 @@ class AdaptQTuner(BaseTuner):
             calibrate = None if others else calibration(model, config, plan)
             wishes = _wishes(adapter_name, config, plan, calibrate, base)
             forms = BlockForms(model, plan.blocks, wishes, list(others))
+        _check_same_layers(model, adapter_name, {*plan.targets, *forms.report.corrected})
         check_calibrated_before(config, others, forms)
         check_kept_codes(config, forms)
         with self._undo_on_error(model, adapter_name, forms):
@@ -102,8 +104,9 @@ class AdaptQTuner(BaseTuner):
                 self._update_nested_layers(model, adapter_name, config)
             for name, factors in forms.repairs.items():
                 cast(AdaptQLayer, model.get_submodule(name)).set_correction(adapter_name, *factors)
-        if config.base_fingerprint is not None and saves_quantized(config):
+        if config.is_saved and saves_quantized(config):
             expect_quantized_tensors(model, adapter_name)
+        config.is_made_here = not config.is_saved
         config.base_fingerprint = fingerprint or config.base_fingerprint
         if base is not None:
             config.quantized_base = base.reference
@@ -140,6 +143,12 @@ class AdaptQTuner(BaseTuner):
         self.quantization_report.corrected.extend(report.corrected)
         skip_when_quantizing(model, report.restored)
         self._frozen_prefix.set_blocks([block.name for block in plan.blocks])
+        if config.target_modules is None and (own := _own_parameters(plan)):
+            warnings.warn(
+                f"{len(own)} parameters belong to adapted blocks themselves, not to a layer in them, and stay frozen: "
+                f"{', '.join(own)}.",
+                stacklevel=4,
+            )
         unasked = {name: why for name, why in report.left.items() if not why.startswith("named in")}
         if unasked:
             listed = "; ".join(f"{name}: {why}" for name, why in unasked.items())
@@ -237,7 +246,14 @@ class AdaptQTuner(BaseTuner):
             name.replace(f".{adapter_name}", "") for name in others if f".modules_to_save.{adapter_name}" in name
         }
         others |= {name.replace(f".{adapter_name}", "") for name in others if ".token_adapter." in name}
-        check_adapter_tensors(expected, found, others)
+        try:
+            check_adapter_tensors(expected, found, others)
+        except ValueError:
+            # `load_adapter` has just added it, without values; the only adapter can't be deleted.
+            if isinstance(model, PeftModel) and len(model.peft_config) > 1 and config.is_from_file:  # type: ignore[attr-defined]
+                model.delete_adapter(adapter_name)
+            raise
+        config.is_from_file = False  # type: ignore[attr-defined]  # its values are here
         load_quantized_tensors(model, cast(AdaptQConfig, config), adapter_name, quantized)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
@@ -352,6 +368,8 @@ class AdaptQTuner(BaseTuner):
     ) -> Any:
         """As in other tuners. Packed weights without a quantization_config would save to what can't be loaded."""
         form = resolve_unloaded_form(self.model, frozen, merge)
+        if not merge:
+            self.unmerge_adapter()
         revision = next((config.revision for config in self._configs.values()), None)
         seen = seen_quantized(self.model, adapter_names, merge)
         source = named_checkpoint(config.original_weights for config in self._configs.values())
@@ -386,8 +404,27 @@ class AdaptQTuner(BaseTuner):
         self._frozen_prefix.enable_checkpointing(self.model.gradient_checkpointing_enable, *args, **kwargs)
 
 
+def _own_parameters(plan: AdapterPlan) -> list[str]:
+    blocks = [block for block in plan.blocks if block.index in plan.adapted]
+    return [f"{b.name}.{name}" for b in blocks for name, _ in b.module.named_parameters(recurse=False)]
+
+
 def _is_named(key: str, names: Collection[str]) -> bool:
     return key in names or f"_orig_mod.{key}" in names  # PEFT may ask without torch.compile's prefix
+
+
+def _check_same_layers(model: nn.Module, adapter_name: str, wanted: Collection[str]) -> None:
+    """A `PeftModel` made on this model before may have left an adapter of this name, which the new one replaces."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, AdaptQLayer)]
+    found = [name for name in layers if cast(AdaptQLayer, model.get_submodule(name)).has_adapter(adapter_name)]
+    others = [name for name in found if name not in wanted]
+    if others:
+        raise ValueError(
+            f"This model already has an adapter {adapter_name!r}, of get_peft_model or from_pretrained before, on "
+            f"{len(found)} layers; {len(others)} of them, such as {others[0]}, would keep it beside the new one. Call "
+            "unload() on that PeftModel first and use what it returns, or give the new adapter another name with its "
+            "add_adapter or load_adapter."
+        )
 
 
 def _wishes(
@@ -407,7 +444,7 @@ def _wishes(
         is_excluded=lambda name: is_excluded(name, config),
         calibrate=calibrate,
         load_codes=None if base is None else base.load_into,
-        codes_in_file=config.base_fingerprint is not None and saves_quantized(config),
+        codes_in_file=config.is_saved and saves_quantized(config),
         corrected_rank=config.frozen_rank,
         is_corrected=lambda name, linear: is_targeted(base_name(name), linear, config),
         repairs=config.frozen_rank_init == "svd" and not config.is_from_file,  # else the values are to be loaded

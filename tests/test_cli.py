@@ -154,6 +154,23 @@ def test_plan_with_a_budget(checkpoint):
     assert "Error: a budget of 1,000 bytes does not fit one adapted block" in result.output
 
 
+@pytest.mark.parametrize("other", [["--num-blocks", "1"], ["--blocks", "0,1"]])
+def test_plan_refuses_two_ways_to_say_how_many_blocks(checkpoint, other):
+    result = RUNNER.invoke(app, ["plan", checkpoint, "--budget", "3MiB", *other])
+    assert result.exit_code == 2
+    assert f"{other[0]} and --budget each say how many blocks" in " ".join(result.output.split())
+
+
+def test_profile_refuses_a_folder_as_output_and_makes_the_one_around_it(checkpoint, texts, tmp_path):
+    result = RUNNER.invoke(app, ["profile", checkpoint, "--data", texts, "--output", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "is a folder; give the name of a file" in " ".join(result.output.replace("\u2502", " ").split())
+    output = tmp_path / "new" / "profile.json"
+    result = RUNNER.invoke(app, ["profile", checkpoint, "--data", texts, "--output", str(output)])
+    assert result.exit_code == 0, result.output
+    assert output.is_file()
+
+
 @pytest.mark.parametrize("stream", [[], ["--stream"]])
 def test_profile_writes_what_a_config_reads(checkpoint, texts, tmp_path, stream):
     output = str(tmp_path / "profile.json")
@@ -193,6 +210,9 @@ def test_quantize_base_says_what_is_wrong(checkpoint, tmp_path):
     result = RUNNER.invoke(app, ["quantize-base", checkpoint, "--output", str(tmp_path), "--blocks", "9"])
     assert result.exit_code == 1
     assert "Error: blocks [9] are not in the model, which has 4: 0 to 3" in result.output
+    result = RUNNER.invoke(app, ["quantize-base", checkpoint, "--output", f"{checkpoint}/config.json"])
+    assert result.exit_code == 1
+    assert "is a file; give a folder for the quantized base" in result.output.replace("\n", " ")
 
 
 def test_profile_with_sensitivities(checkpoint, texts, tmp_path, monkeypatch):

@@ -46,6 +46,22 @@ def test_defaults():
         ({"layers_to_transform": [-1]}, r"layers_to_transform is \[-1\]; allowed"),
         ({"layers_to_transform": ["a", 1]}, r"layers_to_transform is \['a', 1\]; allowed"),
         ({"layers_to_transform": True}, r"layers_to_transform is True; allowed"),
+        ({"selection_seed": None}, r"selection_seed is None; allowed: an integer"),
+        ({"layers_pattern": 5}, r"layers_pattern is 5; allowed: None, a name, or a list of names"),
+        ({"target_modules": [5]}, r"target_modules is \{5\}; allowed: None, a name, or a list"),
+        ({"exclude_modules": "(("}, r"exclude_modules is '\(\(', which is no regular expression: "),
+        ({"init_weights": "gaussian"}, r"init_weights is 'gaussian'; allowed: True \(zero\) or False"),
+        ({"calibration_tokenizer": "org/name"}, r"calibration_tokenizer is 'org/name'; allowed: None, or a tokenizer"),
+        ({"profile": {"a": 1}}, r"profile is a dict; pass what profile_activations returned"),
+        ({"quantized_base": {"a": 1}}, r"quantized_base is \{'a': 1\}; allowed: None, a folder"),
+        (
+            {"quantization": {"quant_method": "hqq"}},
+            r"quantization is \{'quant_method': 'hqq'\}, which lacks or misspells something \(KeyError",
+        ),
+        (
+            {"quantization": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf5")},
+            r"with bnb_4bit_quant_type='nf5'; allowed: \"nf4\" or \"fp4\"",
+        ),
         ({"calibration_samples": 0}, r"calibration_samples is 0; allowed: an integer of 1 or more"),
         ({"calibration_max_length": None}, r"calibration_max_length is None; allowed"),
         ({"calibration_batch_size": True}, r"calibration_batch_size is True; allowed"),
@@ -111,7 +127,8 @@ def test_an_unknown_task_type_is_an_error_of_peft():
 
 
 def test_forms_of_fields_are_brought_to_one():
-    assert AdaptQConfig(layers_to_transform=3).layers_to_transform == 3
+    assert AdaptQConfig(layers_to_transform=0).layers_to_transform == [0]
+    assert AdaptQConfig(modules_to_save="lm_head").modules_to_save == ["lm_head"]
     assert AdaptQConfig(layers_to_transform=range(4, 2, -1)).layers_to_transform == [3, 4]
     assert AdaptQConfig(target_modules=["v_proj", "q_proj"]).target_modules == {"q_proj", "v_proj"}
     assert AdaptQConfig(delta_dtype=torch.bfloat16).delta_dtype == "bfloat16"

@@ -64,6 +64,20 @@ def test_save_and_load_give_the_same_codes_without_calibrating(model, samples, b
     assert torch.equal(logits(loaded, batch), logits(wrapped, batch))
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_config_that_made_an_adapter_makes_another_one(make_model, samples, batch, tmp_path, copied):
+    used = config(samples)
+    first = get_peft_model(make_model(), used)
+    again = copy.deepcopy(used) if copied else used
+    second = get_peft_model(make_model(), again)
+    if not copied:  # a copy has no calibration data, so the model writes its own
+        assert torch.equal(logits(second, batch), logits(first, batch))
+    randomize(second)
+    second.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path)
+    assert torch.equal(logits(loaded, batch), logits(second, batch))
+
+
 def test_a_loader_that_leaves_the_codes_out_is_noticed(llama, samples, batch, tmp_path):
     base = copy.deepcopy(llama)
     get_peft_model(llama, config(samples)).save_pretrained(tmp_path)
@@ -77,6 +91,18 @@ def test_unload_gives_the_original_back(model, samples, batch, tmp_path):
     base = type(model).from_pretrained(tmp_path)
     wrapped = get_peft_model(base, config(samples, quantization_calibration="descent"))
     assert torch.equal(logits(wrapped.unload(), batch), logits(model, batch))
+
+
+def test_weights_that_were_changed_before_do_not_come_back_from_the_checkpoint(llama, samples, batch, tmp_path):
+    llama.save_pretrained(tmp_path)
+    base = type(llama).from_pretrained(tmp_path)
+    with torch.no_grad():  # 1%, as a merged LoRA
+        base.model.layers[0].mlp.up_proj.weight.mul_(1.01)
+    wrapped = get_peft_model(base, config(samples))
+    with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj.weight in the checkpoint is not what .* was quant"):
+        wrapped.unload(frozen="original")
+    with pytest.warns(UserWarning, match="original weights of 1 quantized linears can't be had"):
+        wrapped.unload()
 
 
 def test_merged_it_has_the_calibrated_weights(model, samples, batch):

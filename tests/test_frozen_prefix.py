@@ -115,6 +115,8 @@ def test_trainable_embeddings_still_get_their_gradient(llama, batch):
     differentiated, gradients = run(wrapped, batch)
     assert differentiated == [True] * 4
     assert any("embed_tokens.modules_to_save" in name for name in gradients)
+    wrapped.gradient_checkpointing_enable()
+    assert [block.module.gradient_checkpointing for block in find_blocks(llama)] == [True] * 4
 
 
 def test_a_model_without_blocks_uses_its_own_method():

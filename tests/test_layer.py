@@ -81,6 +81,20 @@ def test_the_fused_path_equals_the_generic_one(make, dtype):
     torch.testing.assert_close(gradients[0], gradients[1], **tolerance)
 
 
+@pytest.mark.parametrize("make", [MAKERS["linear"], MAKERS["conv1d"]])
+def test_a_single_vector_has_gradients_too(make):
+    layer = make_layer(make())
+    randomize(layer)
+    x = torch.randn(8, requires_grad=True)
+    layer(x).sum().backward()
+    found = [x.grad, *(parameter.grad.clone() for parameter in layer.adaptq_delta.parameters())]
+    layer.zero_grad()
+    y = x.detach()[None].requires_grad_()
+    layer(y).sum().backward()
+    expected = [y.grad[0], *(parameter.grad for parameter in layer.adaptq_delta.parameters())]
+    torch.testing.assert_close(found, expected)
+
+
 def test_under_autocast_the_output_has_its_dtype_and_deltas_get_float32_gradients():
     layer = make_layer(nn.Linear(8, 6))
     randomize(layer)
@@ -111,6 +125,18 @@ def test_merge_then_unmerge_restores_every_weight_bit_for_bit(base, dtype):
     layer.unmerge()
     assert all(torch.equal(before[name], parameter) for name, parameter in base.named_parameters())
     assert not layer.merged
+
+
+def test_a_layer_that_was_cast_while_merged_is_unmerged_in_its_new_dtype(base):
+    before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
+    layer = make_layer(base)
+    randomize(layer)
+    layer.merge()
+    layer.bfloat16()
+    layer.unmerge()
+    for name, parameter in base.named_parameters():
+        assert torch.equal(parameter, before[name].bfloat16())
+    layer(make_input(base) if isinstance(base, nn.Embedding) else make_input(base).bfloat16())
 
 
 def test_a_merged_layer_gives_the_same_output(base):

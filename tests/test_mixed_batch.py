@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
+from support import tiny_qwen_moe, tiny_t5
 from torch import nn
 
 from adaptq_peft import AdaptQConfig
@@ -36,6 +37,24 @@ def test_each_sample_gets_the_output_of_its_adapter(two_adapters, batch):
         torch.testing.assert_close(found[row], outputs[name][row], rtol=1e-4, atol=1e-5)
     hooks = [m for m in two_adapters.modules() if isinstance(m, AdaptQLayer) and m._forward_pre_hooks]
     assert hooks == []
+
+
+def test_routers_of_experts_and_their_experts():
+    model = get_peft_model(tiny_qwen_moe(), AdaptQConfig(layers_to_transform=[1, 2], init_weights=False)).eval()
+    ids = torch.randint(3, 96, (3, 6))
+    with torch.no_grad():
+        adapted = model(input_ids=ids).logits
+        with model.disable_adapter():
+            base = model(input_ids=ids).logits
+        found = model(input_ids=ids, adapter_names=["default", "__base__", "default"]).logits
+    torch.testing.assert_close(found, torch.stack([adapted[0], base[1], adapted[2]]), rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_of_relative_positions_are_one_for_all_samples():
+    model = get_peft_model(tiny_t5(), AdaptQConfig(layers_to_transform=[0, 3], init_weights=False)).eval()
+    ids = torch.randint(3, 96, (2, 4))
+    with pytest.raises(ValueError, match=r"has a delta on an Embedding in its blocks, .* one for all samples"):
+        model(input_ids=ids, decoder_input_ids=ids, adapter_names=["default", "__base__"])
 
 
 class Reader(nn.Module):

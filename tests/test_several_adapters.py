@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from support import fail_at_call, logits, randomize
 
 from adaptq_peft import AdaptQConfig
@@ -80,6 +81,26 @@ def test_loaded_from_disk_and_reloaded(base, saved, batch):
     model.delete_adapter("second")
     model.load_adapter(saved / "second", adapter_name="second")
     assert_as_alone(model, base, BLOCKS, batch)
+
+
+def test_an_adapter_whose_file_does_not_fit_is_taken_off_again(base, saved, batch):
+    model = PeftModel.from_pretrained(base, saved / "first", adapter_name="first")
+    expected = logits(model, batch)
+    file = saved / "second" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(min(tensors))
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="1 tensors are missing"):
+        model.load_adapter(saved / "second", "second")
+    assert list(model.peft_config) == ["first"]
+    assert torch.equal(logits(model, batch), expected)
+    with pytest.raises(ValueError, match="tensors are missing"):  # what is loaded stays
+        set_peft_model_state_dict(model, tensors, adapter_name="first")
+    assert list(model.peft_config) == ["first"]
+    model.load_adapter(saved / "third", "third")
+    with pytest.raises(ValueError, match="tensors are missing"):
+        set_peft_model_state_dict(model, tensors, adapter_name="third")
+    assert list(model.peft_config) == ["first", "third"]
 
 
 def test_what_is_saved_is_the_deltas_alone(base, saved, tmp_path, batch):

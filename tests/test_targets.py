@@ -58,6 +58,16 @@ def test_excluded_layers(llama):
     assert targets(llama, exclude_modules=".*") == []
 
 
+def test_what_peft_saves_whole_gets_no_delta(llama, batch):
+    """PEFT takes any module whose name ends in the entry."""
+    assert [name for name in targets(llama, modules_to_save=["norm"]) if "norm" in name] == []
+    assert len(targets(llama, modules_to_save=["mlp"])) == 6
+    model = get_peft_model(llama, AdaptQConfig(layers_to_transform=[2], modules_to_save=["norm"]))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "norm" in name}
+    assert len(trained) == 9
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+
+
 def test_without_blocks_the_whole_model_is_searched():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     assert find_targets(model, None, AdaptQConfig(target_modules=["2"])) == ["2"]

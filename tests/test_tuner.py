@@ -41,6 +41,30 @@ def assert_unchanged(model, before):
 
 
 class TestMaking:
+    def test_parameters_of_the_block_itself_are_named_because_they_get_no_delta(self, llama, samples):
+        for block in find_blocks(llama):
+            block.module.layer_scale = nn.Parameter(torch.ones(64))
+        with pytest.warns(
+            UserWarning, match=r"1 parameters belong to adapted blocks themselves, .*layers.2.layer_sca"
+        ):
+            wrap(llama, samples, layers_to_transform=[2])
+
+    def test_another_adapter_of_its_name_that_is_left_on_the_model_is_named(self, llama, samples, batch, tmp_path):
+        llama.save_pretrained(tmp_path)
+        base = type(llama).from_pretrained(tmp_path)
+        first = wrap(base, samples, layers_to_transform=[1, 2])
+        randomize(first)
+        expected = logits(first, batch)
+        for blocks in ([0, 1], [1]):
+            with pytest.raises(
+                ValueError, match=r"has an adapter 'default'.* on 18 layers; 9 of them.*Call unload\(\)"
+            ):
+                wrap(base, samples, layers_to_transform=blocks)
+        assert torch.equal(logits(first, batch), expected)
+        wrap(base, samples, layers_to_transform=[1, 2])
+        second = wrap(first.unload(), samples, layers_to_transform=[0, 1])
+        assert second.peft_config["default"].layers_to_transform == [0, 1]
+
     def test_adapted_blocks_get_deltas_and_the_others_4_bit_linears(self, model, samples):
         wrapped = wrap(model, samples)
         config = wrapped.peft_config["default"]

@@ -71,6 +71,8 @@ def quantize_base(
         ValueError: if the model is quantized, has adapters or is not whole in memory, an index is out of range, the
             quantization or calibration is none of those above, or there is nothing to quantize.
     """
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise ValueError(f"{os.fspath(folder)!r} is a file; give a folder for the quantized base")
     settings = _settings(quantization)
     method_name = _method_name(calibration)
     method = resolve_calibration_method(method_name)

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import convert_file_size_to_int
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -18,8 +18,8 @@ from ..block_forms import linears_with_reasons
 from ..config import AdaptQConfig
 from ..plan import choose_blocks
 from ..precision import assume_precision, choose_precision
-from ..quantization import QuantizationSettings, quantize_on_meta, resolve_quantization
-from ..quantization.precision_plan import PRECISIONS
+from ..quantization import QuantizationSettings, is_linear, quantize_on_meta, resolve_quantization
+from ..quantization.precision_plan import PRECISIONS, memory_bytes
 from ..selection import find_blocks, strategy_needs_profile
 from ..skeleton import build_skeleton
 from ..targets import is_excluded
@@ -96,8 +96,8 @@ def plan_memory(
 
     Nothing but config.json and the headers of the safetensors files is read. The methods are applied to the model on
     the meta device, so the shapes and dtypes are those that they will have. What is trained is in `config.delta_dtype`
-    (float32 by default) in all methods. LoRA and QLoRA train all linears but the head; QLoRA has all linears of the
-    blocks quantized as `config` says.
+    (float32 by default) in all methods. LoRA and QLoRA train all linears but the head and those that PEFT lets no LoRA
+    onto; QLoRA has all linears of the blocks quantized as `config` says.
 
     Args:
         model: folder or Hub repository of the 16-bit checkpoint, or its config.
@@ -166,7 +166,7 @@ def largest_num_adapted_blocks(
     Raises:
         ValueError: if one block does not fit, with the bytes that it needs, or the budget or optimizer is unknown.
     """
-    limit = convert_file_size_to_int(budget)
+    limit = memory_bytes(budget)
     dtype = _dtype(model, dtype, _headers(model))
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer is {optimizer!r}; known are {list(OPTIMIZERS)}")
@@ -257,8 +257,20 @@ def _lora_model(model: nn.Module, config: AdaptQConfig, rank: int, quantized: bo
         _quantize(model, indices, settings, config)  # type: ignore[arg-type]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fan_in_fan_out, and what else PEFT corrects by itself
-        wrapped = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))  # type: ignore[arg-type]
+        lora = LoraConfig(r=rank, target_modules="all-linear", exclude_modules=_refused_by_lora(model))
+        wrapped = get_peft_model(model, lora)  # type: ignore[arg-type]
     return _cast_trained(wrapped, config)
+
+
+def _refused_by_lora(model: nn.Module) -> list[str]:
+    """Last parts of the names of linears that PEFT lets no LoRA onto: those that Mamba reads itself."""
+    refused = []
+    for name in {name.rpartition(".")[2] for name, module in model.named_modules() if is_linear(module)}:
+        try:
+            _check_lora_target_modules_mamba(LoraConfig(), model, name)
+        except ValueError:
+            refused.append(name)
+    return refused
 
 
 def _cast_trained(model: nn.Module, config: AdaptQConfig) -> nn.Module:

@@ -80,6 +80,20 @@ class PrecisionPlan:
         return f"{', '.join(counts)}: {self.bits_a_weight:.3f} bits a weight{rise}"
 
 
+def memory_bytes(size: int | str) -> int:
+    """Bytes of a size that may have a unit, "1.5GiB" or "700MB", in capitals or not.
+
+    Raises:
+        ValueError: if it has another form, or is not finite.
+    """
+    try:  # a small b would be bits
+        return convert_file_size_to_int(size.upper() if isinstance(size, str) else size)
+    except OverflowError as error:
+        raise ValueError(
+            f"size is {size!r}; allowed: bytes as an integer, or a text such as 1.5GiB or 700MB"
+        ) from error
+
+
 def weight_budget_bytes(budget: int | str, num_weights: int) -> int:
     """A budget in bytes.
 
@@ -98,7 +112,7 @@ def weight_budget_bytes(budget: int | str, num_weights: int) -> int:
         raise faulty
     bits = _BITS.fullmatch(budget) if isinstance(budget, str) else None
     try:
-        found = float(bits[1]) * num_weights / 8 if bits else convert_file_size_to_int(budget)
+        found = float(bits[1]) * num_weights / 8 if bits else memory_bytes(budget)
     except ValueError as error:
         raise faulty from error
     if (float(bits[1]) if bits else found) <= 0:

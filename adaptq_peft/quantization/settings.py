@@ -103,11 +103,21 @@ def resolve_quantization(
 
     Raises:
         ValueError: if a `BitsAndBytesConfig` asks for neither 4 nor 8 bits, or an `HqqConfig` for what is not
-            supported.
+            supported, or a dict is of none of them.
     """
     if isinstance(quantization, str):
         return _NAMED["nf4" if quantization == "auto" else quantization]
     given = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    try:
+        return _from_dict(given)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"quantization is {given!r}, which lacks or misspells something ({error!r}); allowed: what to_dict() of a "
+            "BitsAndBytesConfig or HqqConfig gives"
+        ) from error
+
+
+def _from_dict(given: dict[str, Any]) -> QuantizationSettings:
     if given.get("quant_method") in ("hqq", QuantizationMethod.HQQ):
         return _from_hqq(given)
     if given.get("quant_method") in ("gptq", QuantizationMethod.GPTQ):
@@ -120,6 +130,11 @@ def _from_bitsandbytes(config: BitsAndBytesConfig) -> QuantizationSettings:
         raise ValueError(
             "quantization is a BitsAndBytesConfig with load_in_4bit=False and load_in_8bit=False, which quantizes "
             'nothing; set one of them, or use quantization="none"'
+        )
+    if config.load_in_4bit and config.bnb_4bit_quant_type not in ("nf4", "fp4"):
+        raise ValueError(
+            f"quantization is a BitsAndBytesConfig with bnb_4bit_quant_type={config.bnb_4bit_quant_type!r}; allowed: "
+            '"nf4" or "fp4"'
         )
     return QuantizationSettings(
         bits=4 if config.load_in_4bit else 8,

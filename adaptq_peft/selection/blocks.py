@@ -19,14 +19,14 @@ class Block:
 def find_blocks(model: nn.Module, layers_pattern: str | list[str] | None = None) -> list[Block]:
     """Find the transformer blocks of a model, in the order in which they run.
 
-    A candidate is an outermost `ModuleList` whose entries are of one class and hold parameters. Among several, those
-    whose entries the model names in `_no_split_modules` are preferred, then the one with the most parameters. The
-    lists of an encoder-decoder model are joined, encoder first.
+    A candidate is an outermost `ModuleList` whose entries hold layers with parameters and are of one class, or of
+    several that the model names in `_no_split_modules`. Among several lists, those whose entries it names there are
+    preferred, then the one with the most parameters. The lists of an encoder-decoder model are joined, encoder first.
 
     Args:
         model: any module; a transformers model, or one that PEFT has wrapped.
         layers_pattern: dotted name of the `ModuleList`, or its end ("h", "decoder.layers"), or several, of which
-            those that match are taken. Default `None`: find it.
+            those that match are taken, their entries of whichever classes. Default `None`: find it.
 
     Returns:
         One `Block` for each entry, indices from 0.
@@ -37,7 +37,7 @@ def find_blocks(model: nn.Module, layers_pattern: str | list[str] | None = None)
     candidates = _candidate_lists(model)
     if layers_pattern:
         patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
-        chosen = {name: m for name, m in candidates.items() if any(f".{name}".endswith(f".{p}") for p in patterns)}
+        chosen = _matching(candidates, patterns) or _matching(_candidate_lists(model, any_classes=True), patterns)
         if not chosen:
             raise ValueError(
                 f"layers_pattern {layers_pattern!r} matches no list of blocks in {type(model).__name__}. "
@@ -47,26 +47,38 @@ def find_blocks(model: nn.Module, layers_pattern: str | list[str] | None = None)
         chosen = _choose(model, candidates)
     if not chosen:
         raise ValueError(
-            f"No transformer blocks found in {type(model).__name__}: it has no ModuleList of equal modules with "
-            "parameters. Set layers_pattern to the name of the list of blocks, or give target_modules and no "
-            "calibration data to put deltas on single modules."
+            f"No transformer blocks found in {type(model).__name__}: it has no ModuleList of equal modules that "
+            "hold layers with parameters. Set layers_pattern to the name of the list of blocks, or give "
+            "target_modules and no calibration data to put deltas on single modules."
         )
     named = [(f"{name}.{i}", block) for name, blocks in chosen.items() for i, block in enumerate(blocks)]
     return [Block(index, name, module) for index, (name, module) in enumerate(named)]
 
 
-def _candidate_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+def _candidate_lists(model: nn.Module, any_classes: bool = False) -> dict[str, nn.ModuleList]:
+    no_split = _no_split_classes(model)
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in found) or not isinstance(module, nn.ModuleList):
             continue
-        if len({type(entry) for entry in module}) == 1 and all(any(True for _ in e.parameters()) for e in module):
+        classes = {type(entry).__name__ for entry in module}
+        fits = len(classes) == 1 or (classes and (any_classes or classes <= no_split))
+        # A layer without layers in it, such as each linear of an MLP, is no block.
+        if fits and all(any(entry.children()) and any(True for _ in entry.parameters()) for entry in module):
             found[name] = module
     return found
 
 
+def _no_split_classes(model: nn.Module) -> set[str]:
+    return set(getattr(model, "_no_split_modules", None) or ())
+
+
+def _matching(candidates: dict[str, nn.ModuleList], patterns: list[str]) -> dict[str, nn.ModuleList]:
+    return {name: m for name, m in candidates.items() if any(f".{name}".endswith(f".{p}") for p in patterns)}
+
+
 def _choose(model: nn.Module, candidates: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
-    no_split = set(getattr(model, "_no_split_modules", None) or ())
+    no_split = _no_split_classes(model)
     preferred = {n: m for n, m in candidates.items() if type(m[0]).__name__ in no_split} or candidates
     if len(preferred) < 2 or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return preferred

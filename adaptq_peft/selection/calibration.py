@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from ..evaluation_mode import evaluation_mode
 from ..offloading import input_device
-from .json_files import JSON_SUFFIXES, read_json_entries
+from .json_files import JSON_SUFFIXES, read_json_entries, read_utf8
 
 Batch = dict[str, Any]
 
@@ -71,12 +72,44 @@ def calibration_batches(
 def position_limit(model: nn.Module) -> int | None:
     """How many positions a model has, from its config; `None` if that does not say."""
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    padding = next((m.padding_idx for m in tables if isinstance(m, nn.Embedding)), None)
+    return limit if padding is None else limit - padding - 1  # RoBERTa's positions start after that of padding
+
+
+def reread(data: Any) -> Any:
+    """Calibration data that can be read again: profiling and calibrated rounding read the same. Reads nothing yet."""
+    return _Reread(data) if isinstance(data, Iterator) else data
+
+
+class _Reread:
+    """What an iterator yields, as often as it is asked for."""
+
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        (self._unread,) = tee(iterator, 1)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._unread, copy = tee(self._unread)
+        return copy
 
 
 def batch_sample_count(batch: Batch) -> int:
-    """Number of samples in a batch: the first dimension of its first tensor."""
-    return next(value.shape[0] for value in batch.values() if isinstance(value, torch.Tensor))
+    """Number of samples in a batch: the first dimension of its `input_ids`, or of its first tensor that has one.
+
+    Raises:
+        ValueError: if it holds no such tensor.
+    """
+    tensors = [batch.get("input_ids"), *batch.values()]
+    sizes = [value.shape[0] for value in tensors if isinstance(value, torch.Tensor) and value.ndim > 0]
+    if not sizes:
+        kinds = {key: type(value).__name__ for key, value in batch.items()}
+        raise ValueError(
+            f"a batch of the calibration DataLoader holds {kinds}; allowed: tensors of samples, as model(**batch) "
+            "takes them. Give texts as a list or a Dataset, or a collate_fn that tokenizes them."
+        )
+    return sizes[0]
 
 
 def write_calibration_samples(model: nn.Module, count: int, length: int, seed: int = 0) -> list[Batch]:
@@ -134,17 +167,23 @@ def _cut_after_end(tokens: list[int], ends: set[int | None]) -> list[int]:
 
 def _draw(data: Any, samples: int) -> list[Any]:
     """At most `samples` entries of `data`: evenly spaced ones if its length is known, else the first."""
-    if not isinstance(data, Iterable):
+    is_indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if isinstance(data, Mapping) or hasattr(data, "iterrows"):  # which iterate over their keys, not over samples
+        raise ValueError(
+            f"calibration data is a {type(data).__name__} with {[str(key) for key in data][:4]}; allowed: one sample "
+            "an entry. Of a DatasetDict give one split, data['train']; columns go into datasets.Dataset.from_dict or "
+            "from_pandas."
+        )
+    if not (is_indexed or isinstance(data, Iterable)):
         raise ValueError(
             f"calibration data is a {type(data).__name__}; allowed: a list of texts or dicts, a Dataset, a "
             "DataLoader, or the path of a .txt, .json or .jsonl file"
         )
-    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or isinstance(data, Mapping):
+    if not is_indexed:
         return list(islice(data, samples))
-    total = len(data)  # type: ignore[arg-type]
-    if total <= samples:
-        return list(data)
-    return [data[i * total // samples] for i in range(samples)]  # type: ignore[index]
+    total = len(data)
+    count = min(samples, total)
+    return [data[i * total // count] for i in range(count)]  # a torch Dataset may have no __iter__
 
 
 def _read_file(path: str | os.PathLike[str]) -> Sequence[Any]:
@@ -157,7 +196,7 @@ def _read_file(path: str | os.PathLike[str]) -> Sequence[Any]:
     if path.suffix in JSON_SUFFIXES:
         return read_json_entries(path)
     if path.suffix == ".txt":
-        return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        return [line for line in read_utf8(path).split("\n") if line.strip()]
     raise ValueError(f"calibration file {str(path)!r} ends in {path.suffix!r}; allowed: .txt, .json, .jsonl")
 
 
@@ -170,7 +209,9 @@ def _encode(sample: Any, index: int, model: nn.Module, tokenizer: Any, max_lengt
             f"calibration sample {index} is a {type(sample).__name__}; allowed: a str, or a dict with one of "
             f"{list(_TEXT_KEYS)}"
         )
+    sample = {key: value for key, value in sample.items() if value is not None}  # as Datasets fill columns up
     if "input_ids" in sample:
+        _check_one_sample(sample["input_ids"], index)
         sample = _without_padding(sample)
         tokens = torch.as_tensor(sample["input_ids"]).flatten().tolist()
     elif "messages" in sample:
@@ -182,7 +223,8 @@ def _encode(sample: Any, index: int, model: nn.Module, tokenizer: Any, max_lengt
         ).input_ids
     else:
         tensors = {key: torch.as_tensor(value) for key, value in sample.items() if not isinstance(value, str)}
-        if not tensors:
+        named = set(inspect.signature(model.forward).parameters) - {"labels", "args", "kwargs"}
+        if not named & tensors.keys():
             raise ValueError(
                 f"calibration sample {index} has keys {sorted(sample)}; it needs one of {list(_TEXT_KEYS)}"
             )
@@ -193,9 +235,18 @@ def _encode(sample: Any, index: int, model: nn.Module, tokenizer: Any, max_lengt
     return {"input_ids": tokens, **_other_inputs(sample, tokens, model, max_length)}
 
 
+def _check_one_sample(input_ids: Any, index: int) -> None:
+    shape = tuple(torch.as_tensor(input_ids).shape)
+    if math.prod(shape[:-1]) > 1:
+        raise ValueError(
+            f"calibration sample {index} has input_ids of shape {shape}, which are several samples; allowed: one "
+            "sample an entry, or a DataLoader, which yields batches"
+        )
+
+
 def _without_padding(sample: Mapping[str, Any]) -> dict[str, Any]:
     """A tokenized sample without the positions that its attention mask leaves out, also in other inputs as long."""
-    if sample.get("attention_mask") is None:
+    if "attention_mask" not in sample:
         return dict(sample)
     mask = torch.as_tensor(sample["attention_mask"]).flatten().bool()
     tokens = torch.as_tensor(sample["input_ids"]).flatten()
@@ -205,7 +256,7 @@ def _without_padding(sample: Mapping[str, Any]) -> dict[str, Any]:
         )
     unpadded = {"input_ids": tokens[mask]}
     for key, value in sample.items():
-        if key == "labels" or key.startswith("decoder_") or isinstance(value, str) or value is None:
+        if key == "labels" or key.startswith("decoder_") or isinstance(value, str):
             continue  # what a decoder reads has a length of its own
         tensor = torch.as_tensor(value)
         if tensor.ndim == 1 and len(tensor) == len(mask):
@@ -219,7 +270,7 @@ def _other_inputs(sample: Mapping[str, Any], tokens: list[int], model: nn.Module
     is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if not is_encoder_decoder:
         accepted.discard("labels")
-    found = {key: value for key, value in sample.items() if key in accepted and value is not None}
+    found = {key: value for key, value in sample.items() if key in accepted}
     if is_encoder_decoder and "labels" in accepted and not {"labels", *_DECODER_INPUTS} & found.keys():
         found["labels"] = tokens  # the decoder has to read something; this is what Bart does on its own
     tensors = {key: torch.as_tensor(value) for key, value in found.items() if not isinstance(value, str)}

@@ -31,6 +31,14 @@ def test_unload_gives_back_originals_that_were_kept(model, batch, recwarn):
     assert not recwarn.list
 
 
+def test_unload_takes_off_what_is_merged(model, batch):
+    expected = logits(model, batch)
+    wrapped = get_peft_model(model, config(original_weights="keep", frozen_rank=2, init_weights=False))
+    wrapped.merge_adapter()
+    assert not torch.allclose(logits(wrapped, batch), expected)
+    assert torch.equal(logits(wrapped.unload(), batch), expected)
+
+
 def test_unload_reads_originals_from_the_checkpoint(model, batch, tmp_path, recwarn):
     model.save_pretrained(tmp_path)
     base = type(model).from_pretrained(tmp_path)

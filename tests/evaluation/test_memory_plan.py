@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from support import tiny_qwen_moe, tiny_t5
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Mamba2Config, Mamba2ForCausalLM
 from transformers.optimization import Adafactor
 
 from adaptq_peft import AdaptQConfig
@@ -67,6 +67,14 @@ def test_lora_and_full_fine_tuning(save, kind):
     assert methods["QLoRA"].weights.adapters == methods["LoRA"].weights.adapters
     assert methods["QLoRA"].weights.dense_linears == 0
     assert methods["full fine-tuning"].weights == measure_weight_bytes(load(folder, kind).float())
+
+
+def test_lora_of_a_model_with_layers_that_peft_lets_no_lora_onto(tmp_path):
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16}
+    Mamba2ForCausalLM(Mamba2Config(**sizes, state_size=8, n_groups=1)).save_pretrained(tmp_path)
+    methods = plan_memory(tmp_path, AdaptQConfig(layers_to_transform=[1]), lora_rank=4).methods
+    lora = LoraConfig(r=4, target_modules="all-linear", exclude_modules=["out_proj"])
+    assert methods["LoRA"].weights == measure_weight_bytes(get_peft_model(load(tmp_path, "mamba"), lora))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -145,7 +153,7 @@ class TestBudget:
             for count in (1, 2, 3, 4)
         ]
         assert needed == sorted(needed)
-        for count, budget in ((1, needed[1] - 1), (2, needed[1]), (3, needed[3] - 1), (4, needed[3]), (4, "1GiB")):
+        for count, budget in ((1, needed[1] - 1), (2, needed[1]), (3, needed[3] - 1), (4, needed[3]), (4, "4mb")):
             assert largest_num_adapted_blocks(folder, budget, optimizer="sgd") == count
 
     def test_too_small_a_budget_says_what_is_needed(self, save):
@@ -153,3 +161,5 @@ class TestBudget:
         least = plan_memory(folder, AdaptQConfig(num_adapted_blocks=1)).methods["ADAPTQ"].training("adamw_torch")
         with pytest.raises(ValueError, match=rf"1,000 bytes does not fit one adapted block.*takes {least:,} bytes"):
             largest_num_adapted_blocks(folder, "1KB")
+        with pytest.raises(ValueError, match="size is 'infGiB'; allowed: bytes as an integer, or a text such as 1"):
+            largest_num_adapted_blocks(folder, "infGiB")

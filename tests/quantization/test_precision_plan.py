@@ -116,14 +116,17 @@ def test_bytes_are_those_of_the_tensors_without_lookup_tables(form, dtype):
 
 @pytest.mark.parametrize(
     ("budget", "expected"),
-    [(1000, 1000), ("1KiB", 1024), ("1.5GiB", 3 * 2**29), ("700MB", 700_000_000), ("5.0 bits", 50), ("4.127bits", 41)],
+    [
+        *((1000, 1000), ("1KiB", 1024), ("1.5GiB", 3 * 2**29), ("1.5gib", 3 * 2**29), ("5.0 bits", 50)),
+        *(("700MB", 700_000_000), ("700mb", 700_000_000), ("4.127bits", 41)),
+    ],
 )
 def test_forms_of_a_budget(budget, expected):
     assert weight_budget_bytes(budget, num_weights=80) == expected
 
 
 @pytest.mark.parametrize(
-    "budget", [5.0, True, 0, -3, "5", "5.0", "bits", "-5 bits", "0 bits", "1.5 gigs", None, "1e3"]
+    "budget", [5.0, True, 0, -3, "5", "5.0", "bits", "-5 bits", "0 bits", "1.5 gigs", None, "1e3", "infGiB"]
 )
 def test_other_forms_of_a_budget_are_refused(budget):
     with pytest.raises(ValueError, match=r'weight_budget is .*; allowed: bytes as an integer above 0, "1\.5GiB" or'):

@@ -41,8 +41,9 @@ def test_blocks_are_found_through_a_peft_wrapper(llama):
 class TwoTowers(nn.Module):
     def __init__(self):
         super().__init__()
-        self.vision = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
-        self.text = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+        self.vision = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(3)])
+        self.text = nn.ModuleList([nn.Sequential(nn.Linear(8, 8)) for _ in range(2)])
+        self.linears = nn.ModuleList([nn.Linear(16, 16) for _ in range(2)])
         self.activations = nn.ModuleList([nn.ReLU(), nn.ReLU()])
 
 
@@ -54,6 +55,23 @@ def test_the_largest_of_several_lists_is_chosen_and_a_pattern_chooses_another():
 def test_a_pattern_may_be_the_end_of_a_name_or_one_of_a_list(llama):
     assert len(find_blocks(llama, "layers")) == 4
     assert len(find_blocks(llama, ["h", "layers"])) == 4
+
+
+class Attention(nn.Sequential):
+    pass
+
+
+class Recurrence(nn.Sequential):
+    pass
+
+
+def test_blocks_of_several_classes():
+    model = TwoTowers()
+    model.hybrid = nn.ModuleList([Attention(nn.Linear(4, 4)), Recurrence(nn.Linear(4, 4))])
+    assert [b.name for b in find_blocks(model)] == ["text.0", "text.1"]
+    assert [b.name for b in find_blocks(model, "hybrid")] == ["hybrid.0", "hybrid.1"]
+    model._no_split_modules = ["Attention", "Recurrence"]
+    assert [b.name for b in find_blocks(model)] == ["hybrid.0", "hybrid.1"]
 
 
 def test_lists_inside_blocks_are_not_blocks():
@@ -69,5 +87,7 @@ def test_no_blocks_is_an_error_that_says_what_to_do():
 
 
 def test_a_pattern_that_matches_nothing_lists_what_there_is():
-    with pytest.raises(ValueError, match=r"layers_pattern 'h' matches no list.*vision \(3 x Linear\), text \(2 x Lin"):
+    with pytest.raises(
+        ValueError, match=r"layers_pattern 'h' matches no list.*vision \(3 x Sequential\), text \(2 x Seq"
+    ):
         find_blocks(TwoTowers(), "h")

@@ -2,14 +2,29 @@ from __future__ import annotations
 
 import json
 
+import pandas
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+from torch.utils.data import DataLoader, Subset
+from transformers import (
+    BatchEncoding,
+    BertConfig,
+    BertModel,
+    RobertaConfig,
+    RobertaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
-from adaptq_peft.selection.calibration import batch_sample_count, calibration_batches, write_calibration_samples
+from adaptq_peft.selection.calibration import (
+    batch_sample_count,
+    calibration_batches,
+    position_limit,
+    reread,
+    write_calibration_samples,
+)
 
 
 class WordTokenizer:
@@ -52,12 +67,28 @@ EXPECTED = [[1, 2], [3]]
         [{"input_ids": [1, 2]}, {"input_ids": torch.tensor([3])}],
         [{"messages": [{"content": "a"}, {"content": "bb"}]}, {"messages": [{"content": "ccc"}]}],
         Dataset.from_dict({"text": ["a bb", "ccc"]}),
+        Dataset.from_dict({"text": ["a bb", None], "messages": [None, [{"content": "ccc"}]], "input_ids": [None] * 2}),
+        Subset(["a bb", "", "ccc"], [0, 2]),
         (text for text in ["a bb", "ccc"]),
     ],
-    ids=["texts", "dicts", "ids", "messages", "dataset", "generator"],
+    ids=["texts", "dicts", "ids", "messages", "dataset", "columns filled up", "subset", "generator"],
 )
 def test_every_form_gives_the_same_tokens(llama, data):
     assert tokens(batches(llama, data)) == EXPECTED
+
+
+def test_a_generator_can_be_read_again_and_only_as_far_as_needed(llama):
+    drawn = []
+    data = reread(drawn.append(text) or text for text in ["a bb", "ccc", "d"])
+    assert [tokens(batches(llama, data, samples=2)) for _ in range(2)] == [EXPECTED] * 2
+    assert drawn == ["a bb", "ccc"]
+    assert tokens(batches(llama, data)) == [[1], *EXPECTED]
+
+
+def test_positions_that_padding_takes_are_none_for_text():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 10}
+    assert position_limit(RobertaModel(RobertaConfig(**sizes, max_position_embeddings=34, pad_token_id=1))) == 32
+    assert position_limit(BertModel(BertConfig(**sizes, max_position_embeddings=34))) == 34
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl"])
@@ -77,8 +108,10 @@ def test_a_data_loader_keeps_its_batches_up_to_the_number_of_samples(llama):
     assert found[1]["input_ids"].tolist() == [[4, 4], [5, 5]]
 
 
-def test_samples_that_are_not_text_are_stacked(llama):
-    found = batches(llama, [{"pixel_values": torch.ones(3, 2, 2)}] * 5, batch_size=4)
+def test_samples_that_are_not_text_are_stacked():
+    model = nn.Module()
+    model.forward = lambda pixel_values: None
+    found = batches(model, [{"pixel_values": torch.ones(3, 2, 2)}] * 5, batch_size=4)
     assert [batch["pixel_values"].shape for batch in found] == [(4, 3, 2, 2), (1, 3, 2, 2)]
 
 
@@ -133,8 +166,26 @@ def test_batches_are_sorted_by_length_and_padded_on_the_right(llama):
         ([{"label": "x"}], r"calibration sample 0 has keys \['label'\]; it needs one of \['input_ids'"),
         (3, r"calibration data is a int; allowed: a list of texts or dicts, a Dataset"),
         (DataLoader([1, 2]), r"the calibration DataLoader yields a Tensor; each batch must be a dict of tensors"),
+        (
+            DataLoader([{"text": "a", "label": 1}], collate_fn=lambda rows: {"text": ["a"], "label": torch.tensor(1)}),
+            r"holds \{'text': 'list', 'label': 'Tensor'\}; allowed: tensors of samples",
+        ),
+        (
+            DatasetDict(train=Dataset.from_dict({"text": ["a"]})),
+            r"is a DatasetDict with \['train'\]; allowed: one sample an entry\. Of a DatasetDict give one split",
+        ),
+        (BatchEncoding({"input_ids": [[1], [2]]}), r"is a BatchEncoding with \['input_ids'\]; allowed: one sample an"),
+        (pandas.DataFrame({"text": ["a"]}), r"is a DataFrame with \['text'\]; .*from_dict or from_pandas"),
+        ([{"content": "a", "label": 1}], r"sample 0 has keys \['content', 'label'\]; it needs one of \['input_ids'"),
+        (
+            [{"input_ids": [[1, 2], [3, 4]]}],
+            r"sample 0 has input_ids of shape \(2, 2\), which are several samples; allowed: one sample an entry",
+        ),
     ],
-    ids=["empty", "no tokens", "number", "no text", "not iterable", "loader of tensors"],
+    ids=[
+        *("empty", "no tokens", "number", "no text", "not iterable", "loader of tensors", "loader of texts"),
+        *("splits", "columns", "frame", "other names", "batches"),
+    ],
 )
 def test_bad_data(llama, data, message):
     with pytest.raises(ValueError, match=message):

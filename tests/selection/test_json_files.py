@@ -20,6 +20,18 @@ def test_entries_are_read_as_they_were_written(tmp_path, suffix, mark):
     assert read_json_entries(tmp_path / f"a{suffix}") == ENTRIES
 
 
+def test_the_line_that_is_no_json_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('"one"\n\n{"text": }\n')
+    with pytest.raises(ValueError, match=r"line 3 of '.*a.jsonl' is not JSON: Expecting value.*one entry a line"):
+        read_json_entries(tmp_path / "a.jsonl")
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('"café"'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"'.*a.jsonl' is not in UTF-8, which texts must be in"):
+        read_json_entries(tmp_path / "a.jsonl")
+
+
 def test_what_is_no_list_is_named(tmp_path):
     (tmp_path / "a.json").write_text('"text"')
     with pytest.raises(ValueError, match=r"a.json' holds a str; allowed: a list of texts or objects"):

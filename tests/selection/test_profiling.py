@@ -163,7 +163,7 @@ def test_blocks_that_take_and_give_hidden_states_by_name(key):
 class Widening(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 6)])
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 6))])
 
     def forward(self, features):
         for layer in self.layers:
@@ -180,6 +180,6 @@ def test_blocks_that_change_the_shape_cannot_be_profiled():
 
 
 def test_a_list_of_blocks_that_does_not_run(llama, samples):
-    llama.extra = nn.ModuleList([nn.Linear(64, 64)])
+    llama.extra = nn.ModuleList([nn.Sequential(nn.Linear(64, 64))])
     with pytest.raises(ValueError, match=r"the block extra\.0 did not run in a forward pass of LlamaForCausalLM"):
         profile_activations(llama, samples, layers_pattern="extra")
