@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 
 def add_deltas(
@@ -27,10 +28,16 @@ def add_deltas(
     total = base
     for delta, scale in zip(deltas[:-1], scales[:-1], strict=True):
         total = torch.add(total, delta, alpha=scale)
-    if dtype == torch.promote_types(total.dtype, deltas[-1].dtype) or torch.is_grad_enabled():
+    if dtype == torch.promote_types(total.dtype, deltas[-1].dtype) or not _can_write_into(total, deltas[-1]):
         return torch.add(total, deltas[-1], alpha=scales[-1]).to(dtype)
     # Rounded while it is written: no temporary of the wider dtype.
     return torch.add(total, deltas[-1], alpha=scales[-1], out=torch.empty_like(total, dtype=dtype))
+
+
+def _can_write_into(*operands: torch.Tensor) -> bool:
+    """Whether a sum may be written with `out=`, which autograd and torch.func can't and torch.compile need not."""
+    plainly = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return not (plainly or any(map(is_functorch_wrapped_tensor, operands)))
 
 
 class _Scratch(threading.local):
@@ -58,14 +65,15 @@ def _merged_weight(
     base: torch.Tensor, deltas: Sequence[torch.Tensor], scales: Sequence[float], dtype: torch.dtype
 ) -> torch.Tensor:
     """`add_deltas` for a result that is not kept."""
-    reusable = base.device.type == "cpu" and len(deltas) == 1
-    if not reusable or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if base.device.type != "cpu" or len(deltas) != 1 or not _can_write_into(base, deltas[0]):
         return add_deltas(base, deltas, scales, dtype)
     return torch.add(base, deltas[0], alpha=scales[0], out=_scratch.like(base, dtype))
 
 
 class _DeltaLinear(torch.autograd.Function):
     """x (W0 + sum of scale * delta)^T + bias; the merged weight is formed again in backward instead of saved."""
+
+    generate_vmap_rule = True  # for gradients of each sample, by torch.func
 
     @staticmethod
     def forward(  # type: ignore[override]

@@ -36,6 +36,26 @@ def test_output_and_gradients_are_those_of_plain_autograd(transposed, count):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.bfloat16, 0.05)])
+def test_gradients_of_each_sample_and_ensembles_by_torch_func(transposed, dtype, tolerance):
+    x, weight, bias, (delta,), scales = tensors(transposed=transposed, requires_grad=False)
+
+    def run(delta, x):
+        return delta_linear(x.to(dtype), weight.to(dtype), bias.to(dtype), [delta], scales, transposed=transposed)
+
+    def loss(delta, x):
+        return run(delta, x).square().sum()
+
+    expected = torch.stack([torch.func.grad(loss)(delta, row) for row in x])
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(delta, x)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    many = torch.stack([delta, 2 * delta])
+    with torch.no_grad():
+        found, expected = torch.func.vmap(run, (0, None))(many, x), torch.stack([run(d, x) for d in many])
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
 def test_gradcheck_in_float64(transposed):
     x, weight, bias, (delta,), scales = tensors(transposed=transposed)
 
