@@ -126,7 +126,7 @@ def test_a_padded_batch_and_the_rows_with_answers(llama, general_samples):
     [
         ([], r"general texts of the anchor can't be read. .* holds no samples"),
         ([{"input_ids": []}], r"general texts of the anchor can't be read. .* no tokens"),
-        ([{"pixel_values": torch.zeros(2)}], r"general texts of the anchor have \['pixel_values'\]"),
+        ([{"inputs_embeds": torch.zeros(2, 64)}], r"general texts of the anchor have \['inputs_embeds'\]"),
     ],
 )
 def test_texts_that_cannot_be_used(llama, texts, message):
