@@ -18,7 +18,8 @@ def build_skeleton(
     """The model on the meta device, of the class that its config names, with the dtypes of `from_pretrained`.
 
     Args:
-        model: folder or Hub repository of a checkpoint, of which only config.json is read, or a config.
+        model: folder or Hub repository of a checkpoint, of which only config.json is read, or a config. One without
+            `architectures`, such as a config made in Python, is that of the model without a head.
         dtype: as given to `from_pretrained`. `None` (default): that of the config.
 
     Raises:

@@ -100,7 +100,8 @@ def plan_memory(
     onto; QLoRA has all linears of the blocks quantized as `config` says.
 
     Args:
-        model: folder or Hub repository of the 16-bit checkpoint, or its config.
+        model: folder or Hub repository of the 16-bit checkpoint, or its config. A config without `architectures`, such
+            as one made in Python, is that of the model without its head.
         config: the adapter's config. Blocks that would be chosen by a profile that it does not have are taken to be
             the last K: in a model of equal blocks the bytes are the same. A plan for quantization "auto" that it does
             not have is taken to be one that treats all weights alike. `None` (default): `AdaptQConfig()`.
