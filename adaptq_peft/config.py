@@ -187,8 +187,6 @@ class AdaptQConfig(PeftConfig):
 
     def _normalize(self) -> None:
         """Bring the forms that a field may take into the one that is stored: JSON types and `ActivationProfile`."""
-        if type(self.layers_to_transform) is int:
-            self.layers_to_transform = [self.layers_to_transform]
         if isinstance(self.layers_to_transform, (list, tuple, set, range)):
             indices = list(self.layers_to_transform)
             self.layers_to_transform = sorted(indices) if all(type(index) is int for index in indices) else indices
@@ -339,6 +337,7 @@ def _check_layers(config: AdaptQConfig) -> Iterator[str]:
     layers = config.layers_to_transform
     if layers is None:
         return
+    layers = [layers] if type(layers) is int else layers
     integers = isinstance(layers, list) and all(type(index) is int and index >= 0 for index in layers)
     if not isinstance(layers, list) or not integers or not layers or len(set(layers)) != len(layers):
         yield (

@@ -18,16 +18,19 @@ class FrozenPrefix:
 
     Args:
         model: the base model.
+
+    Attributes:
+        block_names: dotted names of the model's blocks, in the order in which they run; none for a model without.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
-        self._block_names: list[str] = []
+        self.block_names: list[str] = []
         self._hooks: list[Any] = []
 
     def set_blocks(self, block_names: list[str]) -> None:
-        """Set the dotted names of the model's blocks, in the order in which they run; none for a model without."""
-        self._block_names = block_names
+        """Set `block_names`, once they are known."""
+        self.block_names = block_names
         self.refresh()
         self.take_over()
 
@@ -35,7 +38,7 @@ class FrozenPrefix:
         """Index of the lowest block that is differentiated: with a trainable parameter, or one before it; else 0."""
         if self._trains_embeddings():
             return 0
-        for index, name in enumerate(self._block_names):
+        for index, name in enumerate(self.block_names):
             if any(parameter.requires_grad for parameter in self._model.get_submodule(name).parameters()):
                 return index
         return 0
@@ -50,10 +53,10 @@ class FrozenPrefix:
     def _lowest_trained(self) -> list[str]:
         """Names of the lowest trained block of each list of blocks: a tower has an input of its own."""
         lowest: dict[str, str] = {}
-        for name in self._block_names:
+        for name in self.block_names:
             if any(parameter.requires_grad for parameter in self._model.get_submodule(name).parameters()):
                 lowest.setdefault(name.rpartition(".")[0], name)
-        return list(lowest.values()) or self._block_names[:1]
+        return list(lowest.values()) or self.block_names[:1]
 
     def enable_input_require_grads(self) -> None:
         """Make the input of the lowest trained block require gradients, which reentrant checkpointing needs.
@@ -61,7 +64,7 @@ class FrozenPrefix:
         transformers marks the output of the embeddings instead; then every block below is differentiated for nothing.
         """
         self.disable_input_require_grads()
-        if not self._block_names:
+        if not self.block_names:
             self._model.enable_input_require_grads()
             return
         blocks = map(self._model.get_submodule, self._lowest_trained())
@@ -77,7 +80,7 @@ class FrozenPrefix:
 
     def take_over(self) -> None:
         """Where something called `enable_input_require_grads` on the model itself, do it the cheaper way instead."""
-        if self._block_names and getattr(self._model, "_require_grads_hooks", None):
+        if self.block_names and getattr(self._model, "_require_grads_hooks", None):
             self.enable_input_require_grads()
             self._checkpoint_trained_blocks_only()
 
@@ -93,7 +96,7 @@ class FrozenPrefix:
         self._checkpoint_trained_blocks_only()
 
     def _checkpoint_trained_blocks_only(self) -> None:
-        for name in self._block_names[: self.trained_from()]:
+        for name in self.block_names[: self.trained_from()]:
             for module in self._model.get_submodule(name).modules():
                 if getattr(module, "gradient_checkpointing", False):
                     module.gradient_checkpointing = False  # type: ignore[assignment]

@@ -243,11 +243,6 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        if isinstance(self.base_layer, nn.Embedding) and any(map(self.has_adapter, adapter_names)):
-            raise ValueError(
-                "`adapter_names` can't be used here: an adapter has a delta on an Embedding in its blocks, which is "
-                "called with positions, one for all samples. Run the samples of each adapter as a batch of their own."
-            )
         size = len(args[0] if args else next(iter(kwargs.values())))
         if size % len(adapter_names):
             raise ValueError(

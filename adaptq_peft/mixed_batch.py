@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,13 +11,18 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .layer import AdaptQLayer
+from .module_names import base_name
 
 BASE = "__base__"
 
 
 @contextmanager
 def mixed_batch(
-    model: nn.Module, adapter_names: list[str] | None, known: Mapping[str, Any], num_beams: int = 1
+    model: nn.Module,
+    adapter_names: list[str] | None,
+    known: Mapping[str, Any],
+    num_beams: int = 1,
+    blocks: Sequence[str] = (),
 ) -> Iterator[None]:
     """Within the context, each call of the model's adapter layers applies `adapter_names`, one for each sample.
 
@@ -26,10 +31,11 @@ def mixed_batch(
         adapter_names: one name a sample, "__base__" for none; `None`: the active adapter, as always.
         known: the adapters of the model.
         num_beams: of beam search, which repeats each sample in the decoder.
+        blocks: dotted names of the model's blocks. Default: it has none.
 
     Raises:
-        ValueError: if the model is in training mode, a name is unknown, or a module reads the weight of an adapter
-            layer instead of calling it.
+        ValueError: if the model is in training mode, a name is unknown, one of the adapters has a delta on an
+            embedding in a block, or a module reads the weight of an adapter layer instead of calling it.
         TypeError: if `adapter_names` is not a list.
     """
     if adapter_names is None:
@@ -42,6 +48,7 @@ def mixed_batch(
     unknown = sorted(set(adapter_names) - {BASE} - set(known))
     if unknown:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+    _check_embeddings(model, adapter_names, blocks)
     repeated = [name for name in adapter_names for _ in range(num_beams)]
     encoder = _encoder_modules(model)
     handles = [
@@ -62,6 +69,18 @@ def mixed_batch(
             handle.remove()
         for layer in layers:
             layer.in_mixed_batch = False
+
+
+def _check_embeddings(model: nn.Module, adapter_names: Sequence[str], blocks: Sequence[str]) -> None:
+    inside = tuple(f"{block}." for block in blocks)
+    for name, layer in model.named_modules():
+        is_embedding = isinstance(layer, AdaptQLayer) and isinstance(layer.base_layer, nn.Embedding)
+        if is_embedding and name.startswith(inside) and any(map(layer.has_adapter, adapter_names)):
+            raise ValueError(
+                f"`adapter_names` can't be used here: an adapter has a delta on {base_name(name)}, an Embedding in a "
+                "block, which is of positions and one for all samples. Run the samples of each adapter as a batch of "
+                "their own."
+            )
 
 
 def _encoder_modules(model: nn.Module) -> set[nn.Module]:

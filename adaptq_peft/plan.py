@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -113,7 +113,7 @@ def choose_blocks(
         ValueError: if K or an index is out of range, activations are not finite, or the profile is of another model.
     """
     if config.layers_to_transform is not None:
-        chosen = cast("list[int]", config.layers_to_transform)
+        chosen = _indices(config)
         _check_indices(chosen, len(blocks))
         return chosen, config.profile
     named = _blocks_of_targets(model, blocks, config)
@@ -212,8 +212,7 @@ def _check_gptq(
     settings = resolve_quantization(quantization)
     if settings is None or not settings.comes_with_base:
         return
-    by_others = {index for other in others.values() for index in cast("list[int]", other.layers_to_transform or [])}
-    missing = by_others - set(adapted)
+    missing = {index for other in others.values() for index in _indices(other)} - set(adapted)
     for name, value in (
         ("quantization_calibration", config.quantization_calibration),
         ("quantized_base", config.quantized_base),
@@ -229,6 +228,11 @@ def _check_gptq(
             f"linears in {settings.describe()} are gone, and new ones are not made here. Adapt these blocks, too, or "
             "put the new adapter on a base model of its own."
         )
+
+
+def _indices(config: AdaptQConfig) -> list[int]:
+    found = config.layers_to_transform
+    return [found] if isinstance(found, int) else list(found or [])
 
 
 def _check_others(

@@ -264,7 +264,8 @@ class AdaptQTuner(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
-        with mixed_batch(self.model, names, self.peft_config, kwargs.get("num_beams") or 1):
+        beams, blocks = kwargs.get("num_beams") or 1, self._frozen_prefix.block_names
+        with mixed_batch(self.model, names, self.peft_config, beams, blocks):
             yield
 
     def add_weighted_adapter(

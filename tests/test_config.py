@@ -127,7 +127,7 @@ def test_an_unknown_task_type_is_an_error_of_peft():
 
 
 def test_forms_of_fields_are_brought_to_one():
-    assert AdaptQConfig(layers_to_transform=0).layers_to_transform == [0]
+    assert AdaptQConfig(layers_to_transform=0).layers_to_transform == 0  # as in other PEFT methods
     assert AdaptQConfig(modules_to_save="lm_head").modules_to_save == ["lm_head"]
     assert AdaptQConfig(layers_to_transform=range(4, 2, -1)).layers_to_transform == [3, 4]
     assert AdaptQConfig(target_modules=["v_proj", "q_proj"]).target_modules == {"q_proj", "v_proj"}

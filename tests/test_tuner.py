@@ -118,6 +118,11 @@ class TestMaking:
         wrapped = get_peft_model(llama, AdaptQConfig(selection_ratio=ratio, selection_strategy="last"))
         assert wrapped.peft_config["default"].layers_to_transform == list(range(4))[-count:]
 
+    @pytest.mark.parametrize("block", [0, 2])
+    def test_one_block_by_its_index(self, llama, block):
+        wrapped = get_peft_model(llama, AdaptQConfig(layers_to_transform=block))
+        assert wrapped.peft_config["default"].layers_to_transform == [block]
+
     def test_the_floor_is_not_spoiled_by_rounding(self, make_model):
         model = make_model(num_layers=100, hidden_size=8, intermediate_size=8)
         config = AdaptQConfig(selection_ratio=0.29, selection_strategy="first", quantization="none")
