@@ -25,7 +25,7 @@ from .quantization.calibrated import CALIBRATION_METHODS
 from .quantization.precision_plan import PRECISIONS, weight_budget_bytes
 from .registration import ensure_peft_type
 from .selection import ActivationProfile, selection_strategy_names, strategy_needs_general_profile
-from .selection.calibration import reread
+from .selection.samples import reread
 
 FORMAT_VERSION = 1
 DELTA_DTYPES = ("float32", "bfloat16", "float16")

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice, tee
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +13,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from ..evaluation_mode import evaluation_mode
 from ..offloading import input_device
-from .json_files import JSON_SUFFIXES, read_json_entries, read_utf8
+from .samples import draw_samples
 
 Batch = dict[str, Any]
 
@@ -57,7 +54,7 @@ def calibration_batches(
         if data is None:
             drawn: list[Any] = write_calibration_samples(model, samples, min(max_length, SELF_WRITTEN_LENGTH))
         else:
-            drawn = _draw(_read_file(data) if isinstance(data, (str, os.PathLike)) else data, samples)
+            drawn = draw_samples(data, samples)
         encoded = [_encode(sample, index, model, tokenizer, max_length) for index, sample in enumerate(drawn)]
         encoded.sort(key=lambda sample: len(sample["input_ids"]) if "input_ids" in sample else 0)
         batches = [_collate(encoded[i : i + batch_size]) for i in range(0, len(encoded), batch_size)]
@@ -77,22 +74,6 @@ def position_limit(model: nn.Module) -> int | None:
     tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
     padding = next((m.padding_idx for m in tables if isinstance(m, nn.Embedding)), None)
     return limit if padding is None else limit - padding - 1  # RoBERTa's positions start after that of padding
-
-
-def reread(data: Any) -> Any:
-    """Calibration data that can be read again: profiling and calibrated rounding read the same. Reads nothing yet."""
-    return _Reread(data) if isinstance(data, Iterator) else data
-
-
-class _Reread:
-    """What an iterator yields, as often as it is asked for."""
-
-    def __init__(self, iterator: Iterator[Any]) -> None:
-        (self._unread,) = tee(iterator, 1)
-
-    def __iter__(self) -> Iterator[Any]:
-        self._unread, copy = tee(self._unread)
-        return copy
 
 
 def batch_sample_count(batch: Batch) -> int:
@@ -163,41 +144,6 @@ def write_calibration_samples(model: nn.Module, count: int, length: int, seed: i
 def _cut_after_end(tokens: list[int], ends: set[int | None]) -> list[int]:
     stop = next((i for i, token in enumerate(tokens) if i > 0 and token in ends), len(tokens) - 1)
     return tokens[: stop + 1]
-
-
-def _draw(data: Any, samples: int) -> list[Any]:
-    """At most `samples` entries of `data`: evenly spaced ones if its length is known, else the first."""
-    is_indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
-    if isinstance(data, Mapping) or hasattr(data, "iterrows"):  # which iterate over their keys, not over samples
-        raise ValueError(
-            f"calibration data is a {type(data).__name__} with {[str(key) for key in data][:4]}; allowed: one sample "
-            "an entry. Of a DatasetDict give one split, data['train']; columns go into datasets.Dataset.from_dict or "
-            "from_pandas."
-        )
-    if not (is_indexed or isinstance(data, Iterable)):
-        raise ValueError(
-            f"calibration data is a {type(data).__name__}; allowed: a list of texts or dicts, a Dataset, a "
-            "DataLoader, or the path of a .txt, .json or .jsonl file"
-        )
-    if not is_indexed:
-        return list(islice(data, samples))
-    total = len(data)
-    count = min(samples, total)
-    return [data[i * total // count] for i in range(count)]  # a torch Dataset may have no __iter__
-
-
-def _read_file(path: str | os.PathLike[str]) -> Sequence[Any]:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"calibration data is the path {str(path)!r}, and there is no such file. Give an existing .txt, .json or "
-            ".jsonl file; texts themselves go into a list."
-        )
-    if path.suffix in JSON_SUFFIXES:
-        return read_json_entries(path)
-    if path.suffix == ".txt":
-        return [line for line in read_utf8(path).split("\n") if line.strip()]
-    raise ValueError(f"calibration file {str(path)!r} ends in {path.suffix!r}; allowed: .txt, .json, .jsonl")
 
 
 def _encode(sample: Any, index: int, model: nn.Module, tokenizer: Any, max_length: int) -> Batch:
