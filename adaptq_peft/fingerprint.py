@@ -12,6 +12,7 @@ from torch import nn
 from .module_names import base_name
 from .offloading import parameter_value
 from .quantization import is_linear, is_quantized, settings_of
+from .quantization.origin import sampled_values
 from .selection import Block
 
 MAX_TENSORS = 64
@@ -175,10 +176,8 @@ def _base_parameters(model: nn.Module) -> list[tuple[str, str]]:
 def _sample(tensor: torch.Tensor) -> str | None:
     if tensor.is_meta:
         return None
-    flat = tensor.detach().flatten()
-    count = min(VALUES_PER_TENSOR, len(flat))
-    values = flat[[(2 * i + 1) * len(flat) // (2 * count) for i in range(count)]].float().tolist() if count else []
-    return f"{'x'.join(map(str, tensor.shape))}: {struct.pack(f'>{count}f', *values).hex(' ', 4)}"
+    values = sampled_values(tensor, VALUES_PER_TENSOR)
+    return f"{'x'.join(map(str, tensor.shape))}: {struct.pack(f'>{len(values)}f', *values).hex(' ', 4)}"
 
 
 def _parse(sample: str) -> tuple[str, torch.Tensor]:

@@ -39,7 +39,7 @@ class FrozenPrefix:
         if self._trains_embeddings():
             return 0
         for index, name in enumerate(self.block_names):
-            if any(parameter.requires_grad for parameter in self._model.get_submodule(name).parameters()):
+            if _is_trained(self._model.get_submodule(name)):
                 return index
         return 0
 
@@ -48,13 +48,13 @@ class FrozenPrefix:
             embeddings = self._model.get_input_embeddings()
         except (AttributeError, NotImplementedError):  # no transformers model, or one that reads no tokens
             return False
-        return embeddings is not None and any(parameter.requires_grad for parameter in embeddings.parameters())
+        return embeddings is not None and _is_trained(embeddings)
 
     def _lowest_trained(self) -> list[str]:
         """Names of the lowest trained block of each list of blocks: a tower has an input of its own."""
         lowest: dict[str, str] = {}
         for name in self.block_names:
-            if any(parameter.requires_grad for parameter in self._model.get_submodule(name).parameters()):
+            if _is_trained(self._model.get_submodule(name)):
                 lowest.setdefault(name.rpartition(".")[0], name)
         return list(lowest.values()) or self.block_names[:1]
 
@@ -100,6 +100,10 @@ class FrozenPrefix:
             for module in self._model.get_submodule(name).modules():
                 if getattr(module, "gradient_checkpointing", False):
                     module.gradient_checkpointing = False  # type: ignore[assignment]
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _require_grad(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,9 +59,8 @@ def match_by_peft(name: str, target_modules: set[str] | list[str] | str, config:
     Excluded are also the layers within modules that PEFT will save whole: those whose name ends in an entry of
     `modules_to_save`, within a word, too.
     """
-    parts = name.split(".")
-    paths = [".".join(parts[: count + 1]) for count in range(len(parts))]
-    if any(path.endswith(saved) for path in paths for saved in config.modules_to_save or ()):
+    saved = tuple(config.modules_to_save or ())
+    if saved and any(path.endswith(saved) for path in accumulate(name.split("."), "{}.{}".format)):
         return _ExcludedModule()
     rules = SimpleNamespace(
         target_modules=target_modules,

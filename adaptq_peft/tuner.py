@@ -416,8 +416,8 @@ def _is_named(key: str, names: Collection[str]) -> bool:
 
 def _check_same_layers(model: nn.Module, adapter_name: str, wanted: Collection[str]) -> None:
     """A `PeftModel` made on this model before may have left an adapter of this name, which the new one replaces."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, AdaptQLayer)]
-    found = [name for name in layers if cast(AdaptQLayer, model.get_submodule(name)).has_adapter(adapter_name)]
+    modules = model.named_modules()
+    found = [name for name, module in modules if isinstance(module, AdaptQLayer) and module.has_adapter(adapter_name)]
     others = [name for name in found if name not in wanted]
     if others:
         raise ValueError(

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..selection.json_files import JSON_SUFFIXES, read_json_entries
+from ..selection.json_files import JSON_SUFFIXES, read_json_entries, read_utf8
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,7 +121,7 @@ def read_documents(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}; give a .txt, .json or .jsonl file of documents")
     if path.suffix == ".txt":
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_utf8(path)
         found = _articles(text) if _ARTICLE.search(text) else _BLANK_LINES.split(text)
     elif path.suffix in JSON_SUFFIXES:
         found = [_text_of(entry, path) for entry in read_json_entries(path)]

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import bitsandbytes_backend, gptq_backend, hqq_backend
-from .origin import Origin, linear_from_tensors, linear_weight, sample_values
+from .origin import NUM_SAMPLED_VALUES, Origin, linear_from_tensors, linear_weight, sampled_values
 from .settings import QuantizationSettings
 
 
@@ -179,7 +179,7 @@ def _quantize(linear: Any, settings: QuantizationSettings, empty: bool = False) 
     quantized = build(weight if empty else weight.contiguous(), linear.bias is not None, settings)
     # Straight into the dict: with `low_cpu_mem_usage=True`, registering a parameter would send it to the meta device.
     quantized._parameters["bias"] = linear.bias
-    sample = None if weight.is_meta else sample_values(weight)
+    sample = None if weight.is_meta else sampled_values(linear.weight, NUM_SAMPLED_VALUES)
     quantized.adaptq_origin = Origin(linear_class, weight.dtype, sample=sample)  # type: ignore[assignment]
     return quantized.requires_grad_(False)
 

@@ -19,20 +19,20 @@ class Origin:
         kept: the layer itself, if it was kept. Not a submodule of the quantized one: it does not move with the model.
         calibrated: whether its codes were chosen by calibration or read from a file, so that rounding it again may
             give others.
-        sample: some values of its weight, by `sample_values`; `None`: it was never seen, or had no values.
+        sample: `NUM_SAMPLED_VALUES` of its weight, by `sampled_values`; `None`: it was never seen, or had no values.
     """
 
     linear_class: type[nn.Module]
     dtype: torch.dtype
     kept: nn.Module | None = None
     calibrated: bool = False
-    sample: tuple[float, ...] | None = None
+    sample: list[float] | None = None
 
     def is_sample_of(self, weight: torch.Tensor) -> bool:
-        """Whether a weight [out, in] may be the one that was quantized, up to the rounding of bfloat16."""
+        """Whether a weight, as `linear_class` has it, may be the one that was quantized, up to bfloat16's rounding."""
         if self.sample is None:
             return True
-        before, here = torch.tensor(self.sample), torch.tensor(sample_values(weight))
+        before, here = torch.tensor(self.sample), torch.tensor(sampled_values(weight, NUM_SAMPLED_VALUES))
         return bool((here - before).norm() <= 2**-8 * before.norm())
 
 
@@ -40,12 +40,11 @@ class Origin:
 NUM_SAMPLED_VALUES = 64
 
 
-def sample_values(weight: torch.Tensor) -> tuple[float, ...]:
-    """At most `NUM_SAMPLED_VALUES` values of a weight [out, in], evenly spaced in its memory's order by rows."""
-    count = min(NUM_SAMPLED_VALUES, weight.numel())
-    indices = torch.arange(count, device=weight.device) * weight.numel() // count
-    rows, columns = indices // weight.shape[1], indices % weight.shape[1]
-    return tuple(weight[rows, columns].float().tolist())
+def sampled_values(tensor: torch.Tensor, count: int) -> list[float]:
+    """At most `count` values of a tensor of any shape and dtype, evenly spaced; all if it has fewer."""
+    flat = tensor.detach().flatten()
+    count = min(count, len(flat))
+    return flat[[(2 * i + 1) * len(flat) // (2 * count) for i in range(count)]].float().tolist() if count else []
 
 
 def linear_weight(linear: nn.Module) -> torch.Tensor:

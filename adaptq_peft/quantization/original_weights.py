@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..module_names import base_name
 from .backends import dequantize_linear, origin_of, quantize_linear, settings_of
 from .checkpoint_weights import CheckpointWeights, OriginalWeightsUnavailable
-from .origin import linear_from_tensors, linear_weight
+from .origin import linear_from_tensors
 
 #: Values of `AdaptQConfig.original_weights` beside the name of a checkpoint.
 ORIGINAL_WEIGHTS = ("checkpoint", "keep", "dequantized")
@@ -103,7 +103,7 @@ def _device(quantized: Any) -> torch.device:
 
 def _quantizes_to(linear: nn.Module, quantized: nn.Module) -> bool:
     settings = settings_of(quantized)
-    if not origin_of(quantized).is_sample_of(linear_weight(linear)):
+    if not origin_of(quantized).is_sample_of(cast(Any, linear).weight):
         return False
     if origin_of(quantized).calibrated:  # other codes than those of plain rounding
         plain = cast(Any, dequantize_linear(quantized)).weight.float()

@@ -190,10 +190,10 @@ def _check_one_sample(input_ids: Any, index: int) -> None:
         )
 
 
-def _without_padding(sample: Mapping[str, Any]) -> dict[str, Any]:
+def _without_padding(sample: dict[str, Any]) -> dict[str, Any]:
     """A tokenized sample without the positions that its attention mask leaves out, also in other inputs as long."""
     if "attention_mask" not in sample:
-        return dict(sample)
+        return sample
     mask = torch.as_tensor(sample["attention_mask"]).flatten().bool()
     tokens = torch.as_tensor(sample["input_ids"]).flatten()
     if len(mask) != len(tokens):
