@@ -6,7 +6,6 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -128,13 +127,7 @@ def _skeleton(model: PreTrainedConfig | nn.Module | str | os.PathLike[str] | Non
 
 def _frozen_blocks(skeleton: nn.Module, config: AdaptQConfig) -> list[Block]:
     blocks = find_blocks(skeleton, config.layers_pattern)
-    given: Any = config.layers_to_transform
-    adapted = {given} if isinstance(given, int) else set(given or choose_blocks(skeleton, blocks, config)[0])
-    if bad := sorted(index for index in adapted if index >= len(blocks)):
-        raise ValueError(
-            f"blocks {bad} are to be adapted, and {type(skeleton).__name__} has {len(blocks)} blocks; allowed are "
-            f"0 to {len(blocks) - 1}"
-        )
+    adapted, _ = choose_blocks(skeleton, blocks, config)
     frozen = [block for block in blocks if block.index not in adapted]
     if not frozen:
         raise ValueError(f"all {len(blocks)} blocks are adapted, so none is quantized; {_LOAD_PLAIN}")

@@ -284,7 +284,7 @@ def test_a_split_model_saves_and_loads(build, batch, tmp_path):
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        ([1, 4, 9], r"blocks \[4, 9\] are to be adapted, and LlamaForCausalLM has 4 blocks; allowed are 0 to 3"),
+        ([1, 4, 9], r"layers_to_transform names blocks \[4, 9\], and the model has 4 blocks; allowed are 0 to 3"),
         ([-1], r"layers_to_transform is \[-1\]; allowed: a list of different block indices"),
         (
             [0, 1, 2, 3],
