@@ -67,8 +67,11 @@ class FrozenPrefix:
         if not self.block_names:
             self._model.enable_input_require_grads()
             return
-        blocks = map(self._model.get_submodule, self._lowest_trained())
-        self._hooks = [block.register_forward_pre_hook(_require_grad, with_kwargs=True) for block in blocks]
+        for block in map(self._model.get_submodule, self._lowest_trained()):
+            self._hooks.append(block.register_forward_pre_hook(_require_grad, with_kwargs=True))
+            checkpoint = getattr(block, "_gradient_checkpointing_func", None)
+            if checkpoint is not None and not isinstance(checkpoint, _GradRequiringCheckpoint):
+                block._gradient_checkpointing_func = _GradRequiringCheckpoint(checkpoint)
 
     def disable_input_require_grads(self) -> None:
         """Undo `enable_input_require_grads`, whether it was called here or on the model."""
@@ -107,6 +110,24 @@ def _is_trained(module: nn.Module) -> bool:
 
 
 def _require_grad(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    hidden_states = args[0] if args else kwargs["hidden_states"]
+    _mark(args[0] if args else kwargs["hidden_states"])
+
+
+def _mark(hidden_states: torch.Tensor) -> None:
     if torch.is_grad_enabled() and not hidden_states.requires_grad:
         hidden_states.requires_grad_(True)
+
+
+class _GradRequiringCheckpoint:
+    """The function that checkpoints a block, with `_require_grad` before it.
+
+    transformers before 5.23 runs a block's hooks within the checkpoint, too late for a reentrant one.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self._checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if args:
+            _mark(args[0])
+        return self._checkpoint(function, *args, **kwargs)

@@ -398,7 +398,9 @@ class AdaptQTuner(BaseTuner):
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Checkpoint the blocks that are differentiated; those below run without autograd anyway."""
-        self._frozen_prefix.enable_checkpointing(self.model.activation_checkpointing_enable, *args, **kwargs)
+        older = self.model.gradient_checkpointing_enable  # before transformers 5.23 the only name
+        enable = getattr(self.model, "activation_checkpointing_enable", older)
+        self._frozen_prefix.enable_checkpointing(enable, *args, **kwargs)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """The older name of `activation_checkpointing_enable`."""

@@ -67,9 +67,10 @@ def test_nothing_below_the_lowest_adapted_block_is_differentiated(model, batch, 
     assert {name.split(".adaptq_delta")[0] for name in gradients}
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 def test_checkpointing_before_the_adapter_is_made(model, batch):
     """PEFT then calls enable_input_require_grads on the base model itself."""
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.gradient_checkpointing_enable({"use_reentrant": True})
     wrapped = wrap(model, [2, 3])
     differentiated, gradients = run(wrapped, batch)
     assert differentiated == [False, False, True, True]

@@ -232,6 +232,7 @@ def test_a_revision_in_the_hub_cache(hub, revision):
 
 def test_weights_of_another_revision_are_refused(hub):
     loaded = AutoModelForCausalLM.from_pretrained("org/tiny", revision="v1")
+    loaded.config._commit_hash = None  # transformers before 5.23 recorded it
     with pytest.raises(
         OriginalWeightsUnavailable,
         match=rf"'org/tiny' at revision {NEW} .* it has other weights than the model, for instance "
