@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
@@ -274,7 +274,7 @@ def compare(
         _fail(str(error), error)
 
 
-class Autoload(str, Enum):
+class Autoload(StrEnum):
     """What `adaptq autoload` is asked to do."""
 
     on = "on"

@@ -40,7 +40,7 @@ def unpack_tests(archive: Path, folder: Path) -> Path:
     with tarfile.open(archive) as file:
         top = file.getnames()[0].split("/")[0]
         members = [member for member in file.getmembers() if member.name.startswith(f"{top}/tests/")]
-        # The argument `filter` is missing in the first releases of Python 3.10 and 3.11; Debian 12 has one of them.
+        # The argument `filter` is missing in the first releases of Python 3.11; Debian 12 has one of them.
         file.extraction_filter = getattr(tarfile, "data_filter", None)
         file.extractall(folder, members=members)
     tests = folder / "tests"
