@@ -68,7 +68,7 @@ class FrozenPrefix:
             self._model.enable_input_require_grads()
             return
         for block in map(self._model.get_submodule, self._lowest_trained()):
-            self._hooks.append(block.register_forward_pre_hook(_require_grad, with_kwargs=True))
+            self._hooks.append(block.register_forward_pre_hook(_require_grad_of_input, with_kwargs=True))
             checkpoint = getattr(block, "_gradient_checkpointing_func", None)
             if checkpoint is not None and not isinstance(checkpoint, _GradRequiringCheckpoint):
                 block._gradient_checkpointing_func = _GradRequiringCheckpoint(checkpoint)
@@ -109,17 +109,17 @@ def _is_trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _require_grad(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    _mark(args[0] if args else kwargs["hidden_states"])
+def _require_grad_of_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _require_grad(args[0] if args else kwargs["hidden_states"])
 
 
-def _mark(hidden_states: torch.Tensor) -> None:
+def _require_grad(hidden_states: torch.Tensor) -> None:
     if torch.is_grad_enabled() and not hidden_states.requires_grad:
         hidden_states.requires_grad_(True)
 
 
 class _GradRequiringCheckpoint:
-    """The function that checkpoints a block, with `_require_grad` before it.
+    """The function that checkpoints a block, on an input that requires gradients.
 
     transformers before 5.23 runs a block's hooks within the checkpoint, too late for a reentrant one.
     """
@@ -129,5 +129,5 @@ class _GradRequiringCheckpoint:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if args:
-            _mark(args[0])
+            _require_grad(args[0])
         return self._checkpoint(function, *args, **kwargs)

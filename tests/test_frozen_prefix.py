@@ -78,6 +78,17 @@ def test_checkpointing_before_the_adapter_is_made(model, batch):
     assert [block.module.gradient_checkpointing for block in find_blocks(model)] == [False, False, True, True]
 
 
+def test_the_checkpoint_of_the_lowest_trained_block_is_given_an_input_that_requires_gradients(model, batch):
+    """Before 5.23 transformers ran the hook that sees to it within the checkpoint, too late for a reentrant one."""
+    wrapped = wrap(model, [2, 3])
+    wrapped.activation_checkpointing_enable({"use_reentrant": True})
+    for block in find_blocks(model):
+        block.module._forward_pre_hooks.clear()
+    differentiated, gradients = run(wrapped, batch)
+    assert differentiated == [False, False, True, True]
+    assert len(gradients) == len([p for p in wrapped.parameters() if p.requires_grad])
+
+
 def test_blocks_below_are_not_checkpointed_and_those_above_are(model):
     wrapped = wrap(model, [2])
     wrapped.activation_checkpointing_enable()
