@@ -69,9 +69,8 @@ class FrozenPrefix:
             return
         for block in map(self._model.get_submodule, self._lowest_trained()):
             self._hooks.append(block.register_forward_pre_hook(_require_grad_of_input, with_kwargs=True))
-            checkpoint = getattr(block, "_gradient_checkpointing_func", None)
-            if checkpoint is not None and not isinstance(checkpoint, _GradRequiringCheckpoint):
-                block._gradient_checkpointing_func = _GradRequiringCheckpoint(checkpoint)
+            if getattr(block, "_gradient_checkpointing_func", None) is not None:
+                self._hooks.append(_GradRequiringCheckpoint(block))
 
     def disable_input_require_grads(self) -> None:
         """Undo `enable_input_require_grads`, whether it was called here or on the model."""
@@ -119,13 +118,20 @@ def _require_grad(hidden_states: torch.Tensor) -> None:
 
 
 class _GradRequiringCheckpoint:
-    """The function that checkpoints a block, on an input that requires gradients.
+    """Takes the place of the function that checkpoints a block, and gives it an input that requires gradients.
 
     transformers before 5.23 runs a block's hooks within the checkpoint, too late for a reentrant one.
     """
 
-    def __init__(self, checkpoint: Callable[..., Any]) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, block: Any) -> None:
+        self._block = block
+        self._checkpoint = block._gradient_checkpointing_func
+        block._gradient_checkpointing_func = self
+
+    def remove(self) -> None:
+        """Put the function back, unless checkpointing has been set up anew with another one."""
+        if self._block._gradient_checkpointing_func is self:
+            self._block._gradient_checkpointing_func = self._checkpoint
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if args:

@@ -398,8 +398,8 @@ class AdaptQTuner(BaseTuner):
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Checkpoint the blocks that are differentiated; those below run without autograd anyway."""
-        older = self.model.gradient_checkpointing_enable  # before transformers 5.23 the only name
-        enable = getattr(self.model, "activation_checkpointing_enable", older)
+        has_name = hasattr(self.model, "activation_checkpointing_enable")  # transformers 5.23 and later
+        enable = self.model.activation_checkpointing_enable if has_name else self.model.gradient_checkpointing_enable
         self._frozen_prefix.enable_checkpointing(enable, *args, **kwargs)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:

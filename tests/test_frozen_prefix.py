@@ -117,9 +117,12 @@ def test_the_input_hook_stays_one_when_an_adapter_is_added(llama, batch):
 
 def test_unloading_takes_the_hook_off(llama):
     wrapped = wrap(llama, [2], quantization="none")
+    wrapped.activation_checkpointing_enable()
     wrapped.enable_input_require_grads()
     wrapped.unload()
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in llama.modules())
+    functions = {block.module._gradient_checkpointing_func for block in find_blocks(llama)}
+    assert len(functions) == 1  # transformers' own, on each block
 
 
 def test_trainable_embeddings_still_get_their_gradient(llama, batch):
