@@ -221,7 +221,7 @@ def compare(
     general_valid: Annotated[Path | None, typer.Option(help="To fit budgets on; default: half of the above.")] = None,
     general_test: Annotated[Path | None, typer.Option(help="To report forgetting on.")] = None,
     methods: Annotated[
-        str, typer.Option(help="Names or groups: main, selection, ratio, scaling, precision, all.")
+        str, typer.Option(help="Names or groups: main, selection, ratio, scaling, rank, precision, all.")
     ] = "main",
     samples: Annotated[str, typer.Option(help="Training-set sizes, such as 50,500,2000.")] = "500",
     seeds: Annotated[str, typer.Option(help="Seeds; rates are searched with the first.")] = "0",

@@ -52,7 +52,7 @@ class Method:
         title: how tables call it.
         build: makes the model that trains from the base.
         options: keyword arguments of `build`, as JSON types.
-        group: "main", "selection", "ratio", "scaling" or "precision": the table that it is in.
+        group: "main", "selection", "ratio", "scaling", "rank" or "precision": the table that it is in.
         anchor: "" (none), "general": KL to the base on general text, or "written": on text that the base writes, as
             where no general text is at hand: then calibration has none either.
         finish: what is done after training: "" (nothing), "budget" or "quantize".
@@ -204,6 +204,12 @@ def _ablations() -> Iterator[Method]:
     for scaling in (0.0625, 0.125, 0.25, 0.5, 1.0):
         title = f"ADAPT-Q, the recipe without anchor, delta_scaling {scaling:g}"
         yield Method(f"scaling-{scaling:g}", title, _adaptq, _recipe_options(delta_scaling=scaling), group="scaling")
+    for percent, share in ((50, ""), (20, " on a fifth of the blocks")):
+        name, title = f"recipe-{percent}-rank-64", f"ADAPT-Q, the recipe{share}, corrections of rank 64"
+        options = _recipe_options(selection_ratio=percent / 100, frozen_rank=64)
+        yield Method(name, title, _adaptq, options, group="rank", anchor="general")
+        name, title = f"{name}-budget", f"{title} + budget"
+        yield Method(name, title, _adaptq, options, group="rank", anchor="general", finish="budget")
     for name in QUANTIZATION_NAMES:
         options = _adaptq_options(quantization=name)
         yield Method(f"frozen-{name}", f"ADAPT-Q-50, frozen in {name}", _adaptq, options, group="precision")

@@ -23,6 +23,7 @@ GROUP_TITLES = {
     "selection": "Which blocks",
     "ratio": "How many blocks",
     "scaling": "How far a step moves the deltas",
+    "rank": "Rank of the corrections",
     "precision": "Precision of the frozen blocks",
 }
 
