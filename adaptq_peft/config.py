@@ -6,9 +6,11 @@ import math
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import InitVar, dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import BitsAndBytesConfig, HqqConfig
 
+from .artifacts.certified_deltas import are_certified
 from .artifacts.checkpoint import check_weights_file
 from .artifacts.model_card import CERTIFIED, STAGES, update_model_card
 from .artifacts.quantized_base import QuantizedBaseReference
@@ -125,8 +128,9 @@ class AdaptQConfig(PeftConfig):
             "quantized": 28.6, "adapted": 26.2}, ...}. "text" says on what; any of the four may be left out. Nothing
             fills it in but you and `adaptq demo`.
         certificate: what `fit_to_budget` found: the budget that the adapter holds, the measured degradation, its upper
-            bound and confidence, the split, the documents, lambda and the factor of each block. Filled in; it holds
-            for the deltas as they were then, so set it to `None` if you train on.
+            bound and confidence, the split, the documents, lambda, the factor of each block, and a sample of the
+            deltas that it holds for. Filled in. `None` if a file is loaded that has other deltas, as after further
+            training.
         base_fingerprint: identifies the base model that the adapter was made for; filled in by `get_peft_model`.
         adaptq_version: version of the saved format; filled in.
 
@@ -251,6 +255,13 @@ class AdaptQConfig(PeftConfig):
             weights = cached if isinstance(cached, str) else weights
         if os.path.isfile(weights):
             check_weights_file(weights)
+            if config.certificate and not are_certified(config.certificate, Path(weights)):
+                warnings.warn(
+                    f"The deltas in {weights!r} are not those that fit_to_budget certified: they were changed since. "
+                    "Their certificate is dropped; call fit_to_budget again to certify them.",
+                    stacklevel=2,
+                )
+                config.certificate = None
         config.is_from_file = True
         return config
 

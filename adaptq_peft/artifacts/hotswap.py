@@ -13,6 +13,7 @@ from ..config import AdaptQConfig
 from ..fingerprint import check_base
 from ..layer import AdaptQLayer
 from ..registration import NAME
+from .certified_deltas import sample_deltas
 from .checkpoint import check_adapter_tensors
 from .quantized_blocks import split_quantized
 
@@ -79,8 +80,9 @@ def hotswap_adapter(
     ratios = {".adaptq_delta.": new.delta_scaling / loaded.delta_scaling}
     if new.frozen_rank:
         ratios[".adaptq_low_rank_B."] = new.frozen_scaling / loaded.frozen_scaling
+    matches = _match(model, adapter_name, tensors)
     with torch.no_grad():
-        for name, parameter, tensor in _match(model, adapter_name, tensors):
+        for name, parameter, tensor in matches:
             ratio = next((ratio for part, ratio in ratios.items() if part in name), 1)
             parameter.copy_(tensor if ratio == 1 else tensor.float() * ratio)
     for layer in _layers(model, adapter_name):
@@ -89,6 +91,9 @@ def hotswap_adapter(
             layer.set_scale(adapter_name, scale)
     for field in _DESCRIPTION:
         setattr(loaded, field, getattr(new, field))
+    if loaded.certificate and loaded.certificate.get("sample"):  # of values that another scale may have changed
+        sample = sample_deltas({name: parameter for name, parameter, _ in matches})
+        loaded.certificate = {**loaded.certificate, "sample": sample}
 
 
 def _loaded_config(model: nn.Module, adapter_name: str) -> AdaptQConfig:

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from .. import __version__
 from ..quantization import resolve_quantization
+from .certified_deltas import are_certified
 
 CARD_NAME = "README.md"
 BEGIN, END = "<!-- adaptq_peft: begin -->", "<!-- adaptq_peft: end -->"
@@ -73,7 +74,10 @@ def update_model_card(folder: str | os.PathLike[str]) -> None:
     path = folder / CARD_NAME
     card = ModelCard.load(path) if path.exists() else ModelCard("---\nlibrary_name: peft\n---\n")
     _update_metadata(card.data, config.get("base_model_name_or_path"))
-    card.text = _replace_section(card.text, render_section(config, read_weights(folder)))
+    weights, certificate = read_weights(folder), config.get("certificate")
+    readable = weights.num_values is not None
+    certified = not (certificate and readable) or are_certified(certificate, folder / SAFETENSORS_WEIGHTS_NAME)
+    card.text = _replace_section(card.text, render_section(config, weights, certified))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".adaptq-") as staging:
         RepoCard.save(card, Path(staging, CARD_NAME))
         os.replace(Path(staging, CARD_NAME), path)
@@ -115,12 +119,13 @@ def read_weights(folder: Path) -> Weights:
     return Weights(path.stat().st_size, values)
 
 
-def render_section(config: Mapping[str, Any], weights: Weights) -> str:
+def render_section(config: Mapping[str, Any], weights: Weights, certified: bool = True) -> str:
     """The section as Markdown, markers included.
 
     Args:
         config: content of `adapter_config.json`.
         weights: what is known of the weights file.
+        certified: whether its deltas are those of the certificate, if there is one.
     """
     parts = [
         BEGIN,
@@ -128,7 +133,7 @@ def render_section(config: Mapping[str, Any], weights: Weights) -> str:
         _method(config),
         _table(("", ""), _facts(config, weights)),
         *_perplexities(config.get("evaluation")),
-        *_certificate(config.get("certificate")),
+        *_certificate(config.get("certificate"), certified),
         *_profile(config),
         "### How to load",
         _how_to_load(config),
@@ -287,10 +292,12 @@ def _perplexities(evaluation: Mapping[str, Mapping[str, Any]] | None) -> list[st
     return ["### Perplexity (lower is better)", _table(("text", *STAGES), rows)]
 
 
-def _certificate(certificate: Mapping[str, Any] | None) -> list[str]:
+def _certificate(certificate: Mapping[str, Any] | None, certified: bool) -> list[str]:
     """What `fit_to_budget` certified; a bound for text like that which was measured."""
     if not certificate:
         return []
+    if not certified:
+        return ["### Forgetting", "Not certified: the deltas were changed after `fit_to_budget` had certified them."]
     text = (
         f"General perplexity is {certificate['degradation']:+.2%} against the 16-bit base, and at most "
         f"{certificate['upper_bound']:+.2%} with {certificate['confidence']:.0%} confidence: within the budget of "

@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import get_peft_model_state_dict
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..artifacts.certified_deltas import sample_deltas
 from ..config import AdaptQConfig
 from .block_scales import BlockScales
 from .bounds import MIN_DOCUMENTS, degradation_of, upper_bounds
@@ -71,7 +73,8 @@ def fit_to_budget(
 
     Returns:
         A report on the documents that certify. An ADAPTQ adapter that holds the budget gets its figures as
-        `config.certificate`, and they are printed in its model card.
+        `config.certificate`, and they are printed in its model card, with a sample of the deltas that they hold for:
+        if it is trained on, the card does not state them, and loading drops them with a warning.
 
     Raises:
         ValueError: if there are too few documents or no domain text, the base can't be had, the adapter can't be
@@ -98,7 +101,8 @@ def fit_to_budget(
                 fit.undo()
     config = model.peft_config[scales.adapter]  # type: ignore[union-attr, index]
     if isinstance(config, AdaptQConfig) and report.feasible:
-        config.certificate = report.certificate()
+        tensors = get_peft_model_state_dict(model, adapter_name=scales.adapter)
+        config.certificate = {**report.certificate(), "sample": sample_deltas(tensors)}
     return report
 
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArg
 
 import adaptq_peft
 from adaptq_peft import AdaptQConfig, update_model_card
-from adaptq_peft.artifacts.model_card import ADAPTER_PLACEHOLDER, BEGIN, END
+from adaptq_peft.artifacts.model_card import ADAPTER_PLACEHOLDER, BEGIN, CERTIFIED, END
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 EVALUATION = {
@@ -212,6 +212,7 @@ def test_other_cards_are_left_alone(make_model, tmp_path):
 @pytest.mark.parametrize("damaged", [WEIGHTS, CONFIG])
 def test_a_damaged_adapter_can_be_saved_over(adapted, tmp_path, damaged):
     model = adapted()
+    model.peft_config["default"].certificate = {**dict.fromkeys(CERTIFIED, 0.05), "sample": {}}
     model.save_pretrained(tmp_path)
     (tmp_path / damaged).write_bytes((tmp_path / damaged).read_bytes()[:50])
     model.save_pretrained(tmp_path)

@@ -111,12 +111,13 @@ def test_a_budget_is_held_and_survives_save_load_and_merge(
     assert report.degradation < report.upper_bound <= budget
     assert list(report.scales) == [1, 3]
     assert 0 <= min(report.scales.values()) < 1 or report.shrinkage > 0
-    assert model.peft_config["default"].certificate == report.certificate()
+    certificate = model.peft_config["default"].certificate
+    assert certificate == {**report.certificate(), "sample": certificate["sample"]}
     expected = logits(model, batch)
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(load(), tmp_path / "adapter")
     assert torch.equal(logits(loaded, batch), expected)
-    assert loaded.peft_config["default"].certificate == report.certificate()
+    assert loaded.peft_config["default"].certificate == certificate
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert f"at most {report.upper_bound:+.2%} with 95% confidence: within the budget of {budget:+.1%}" in card
     assert ("how the deltas were weakened: by a factor on each block." in card) != bool(report.shrinkage)
