@@ -181,8 +181,7 @@ def _adaptq_main() -> Iterator[Method]:
     name, title = "adaptq-50-mixed-anchor", "ADAPT-Q-50 mixed rank + anchor"
     yield Method(name, title, _adaptq, mixed, anchor="general")
     yield Method(f"{name}-budget", f"{title} + budget", _adaptq, mixed, anchor="general", finish="budget")
-    default = _adaptq_options(selection_strategy="update", frozen_rank=8)
-    yield Method("adaptq-default", "ADAPT-Q, the defaults", _adaptq, default)
+    yield Method("adaptq-default", "ADAPT-Q, the defaults", _adaptq, _default_options())
     recipe = _recipe_options()
     name, title = "adaptq-recipe", "ADAPT-Q, the recipe"
     yield Method(name, title, _adaptq, recipe, anchor="general")
@@ -215,6 +214,10 @@ def _ablations() -> Iterator[Method]:
         yield Method(f"frozen-{name}", f"ADAPT-Q-50, frozen in {name}", _adaptq, options, group="precision")
     options = _adaptq_options(quantization_calibration="auto")
     yield Method("frozen-nf4-calibrated", "ADAPT-Q-50, calibrated NF4", _adaptq, options, group="precision")
+    options = _default_options(quantization="int8")
+    yield Method("default-int8", "ADAPT-Q, the defaults over int8", _adaptq, options, group="precision")
+    options = _default_options(quantization_calibration="auto")
+    yield Method("default-calibrated", "ADAPT-Q, the defaults, calibrated", _adaptq, options, group="precision")
     title = "ADAPT-Q, the recipe without anchor, frozen in 16 bits"
     options = _recipe_options(quantization="none", quantization_calibration=None)
     yield Method("frozen-none-recipe", title, _adaptq, options, group="precision")
@@ -237,6 +240,11 @@ def _adaptq_options(**changes: Any) -> dict[str, Any]:
         "frozen_rank": 0,
     }
     return {**plain, **changes}
+
+
+def _default_options(**changes: Any) -> dict[str, Any]:
+    """Half of the blocks by "update", the others in plain NF4 with low-rank corrections, with changes."""
+    return _adaptq_options(**{"selection_strategy": "update", "frozen_rank": 8, **changes})
 
 
 def _recipe_options(**changes: Any) -> dict[str, Any]:
