@@ -101,7 +101,7 @@ def fit_to_budget(
                 fit.undo()
     config = model.peft_config[scales.adapter]  # type: ignore[union-attr, index]
     if isinstance(config, AdaptQConfig) and report.feasible:
-        tensors = get_peft_model_state_dict(model, adapter_name=scales.adapter)
+        tensors = get_peft_model_state_dict(model, adapter_name=scales.adapter, save_embedding_layers=False)
         config.certificate = {**report.certificate(), "sample": sample_deltas(tensors)}
     return report
 
