@@ -54,7 +54,7 @@ def fingerprint_base(model: nn.Module, blocks: list[Block], adapted: Collection[
         if name.startswith(inside) and name.rpartition(".")[0] not in skipped
     }
     names = list(tensors)
-    samples = {name: _sample(parameter_value(model, tensors[name])) for name in _spread(names)}
+    samples = {name: _sample(parameter_value(model, tensors[name])) for name in spread(names)}
     if None in samples.values():
         return None
     config = getattr(model, "config", None)
@@ -77,10 +77,10 @@ def _sample_codes(model: nn.Module, blocks: list[Block]) -> dict[str, str | None
         for name, module in model.named_modules()
         if name.startswith(inside) and is_quantized(module) and settings_of(module).comes_with_base
     }
-    return {name: _sample(codes[name]) for name in _spread(list(codes))}
+    return {name: _sample(codes[name]) for name in spread(list(codes))}
 
 
-def _spread(names: list[str]) -> list[str]:
+def spread(names: list[str]) -> list[str]:
     """At most `MAX_TENSORS` of the names, spread evenly."""
     return names if len(names) <= MAX_TENSORS else [names[i * len(names) // MAX_TENSORS] for i in range(MAX_TENSORS)]
 

@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ..quantization.origin import sampled_values
+from ..fingerprint import spread
+from ..quantization.origin import are_same_samples, sampled_values
 
-MAX_TENSORS = 64
 VALUES_PER_TENSOR = 8
-#: Of the norm of a tensor's sample: what rounding to bfloat16 moves. Training moves more.
-TOLERANCE = 2.0**-8
 
 _PREFIX = "base_model.model."
 #: Not A of a correction B A: what changes it changes B.
@@ -28,7 +26,7 @@ def sample_deltas(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[float]]
         tensors: its state dict, as it is saved.
 
     Returns:
-        {tensor name: at most `VALUES_PER_TENSOR` values} of at most `MAX_TENSORS` tensors, or `None` if one has no
+        {tensor name: at most `VALUES_PER_TENSOR` values} of the tensors that `spread` leaves, or `None` if one has no
         values, as on the meta device.
     """
     return None if any(tensor.is_meta for tensor in tensors.values()) else _sample(tensors, tensors.__getitem__)
@@ -46,20 +44,12 @@ def are_certified(certificate: Mapping[str, Any], weights: Path) -> bool:
         return True
     with safe_open(weights, "pt") as file:
         found = _sample(file.keys(), file.get_tensor)
-    return certified.keys() == found.keys() and all(_are_close(certified[name], found[name]) for name in found)
+    return certified.keys() == found.keys() and all(are_same_samples(certified[name], found[name]) for name in found)
 
 
 def _sample(names: Collection[str], read: Callable[[str], torch.Tensor]) -> dict[str, list[float]]:
     own = sorted(name for name in names if any(kind in name for kind in _SAMPLED))
-    spread = own if len(own) <= MAX_TENSORS else [own[i * len(own) // MAX_TENSORS] for i in range(MAX_TENSORS)]
     return {
         name.removeprefix(_PREFIX): [float(f"{x:.6g}") for x in sampled_values(read(name), VALUES_PER_TENSOR)]
-        for name in spread
+        for name in spread(own)
     }
-
-
-def _are_close(certified: list[float], found: list[float]) -> bool:
-    if len(certified) != len(found):
-        return False
-    before, here = torch.tensor(certified), torch.tensor(found)
-    return bool((here - before).norm() <= TOLERANCE * before.norm())

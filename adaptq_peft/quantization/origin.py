@@ -32,8 +32,7 @@ class Origin:
         """Whether a weight, as `linear_class` has it, may be the one that was quantized, up to bfloat16's rounding."""
         if self.sample is None:
             return True
-        before, here = torch.tensor(self.sample), torch.tensor(sampled_values(weight, NUM_SAMPLED_VALUES))
-        return bool((here - before).norm() <= 2**-8 * before.norm())
+        return are_same_samples(self.sample, sampled_values(weight, NUM_SAMPLED_VALUES))
 
 
 #: Values of a weight that are kept, to know it again.
@@ -45,6 +44,14 @@ def sampled_values(tensor: torch.Tensor, count: int) -> list[float]:
     flat = tensor.detach().flatten()
     count = min(count, len(flat))
     return flat[[(2 * i + 1) * len(flat) // (2 * count) for i in range(count)]].float().tolist() if count else []
+
+
+def are_same_samples(before: list[float], here: list[float]) -> bool:
+    """Whether two results of `sampled_values` are of one tensor, up to bfloat16's rounding."""
+    if len(before) != len(here):
+        return False
+    first, second = torch.tensor(before), torch.tensor(here)
+    return bool((second - first).norm() <= 2**-8 * first.norm())
 
 
 def linear_weight(linear: nn.Module) -> torch.Tensor:

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from support import randomize_trained
 
 from adaptq_peft import AdaptQConfig, hotswap_adapter
-from adaptq_peft.artifacts.certified_deltas import MAX_TENSORS, VALUES_PER_TENSOR, are_certified, sample_deltas
+from adaptq_peft.artifacts.certified_deltas import VALUES_PER_TENSOR, are_certified, sample_deltas
 from adaptq_peft.artifacts.model_card import CERTIFIED
+from adaptq_peft.fingerprint import MAX_TENSORS
 
 
 def tensors_of(count, **changes):
