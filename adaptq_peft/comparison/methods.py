@@ -203,9 +203,15 @@ def _ablations() -> Iterator[Method]:
     for scaling in (0.0625, 0.125, 0.25, 0.5, 1.0):
         title = f"ADAPT-Q, the recipe without anchor, delta_scaling {scaling:g}"
         yield Method(f"scaling-{scaling:g}", title, _adaptq, _recipe_options(delta_scaling=scaling), group="scaling")
-    for percent, share in ((50, ""), (20, " on a fifth of the blocks")):
-        name, title = f"recipe-{percent}-rank-64", f"ADAPT-Q, the recipe{share}, corrections of rank 64"
-        options = _recipe_options(selection_ratio=percent / 100, frozen_rank=64)
+    fifth = "ADAPT-Q, the recipe on a fifth of the blocks, corrections of rank 64"
+    for name, title, changes in (
+        ("recipe-50-rank-64", "ADAPT-Q, the recipe, corrections of rank 64", {"selection_ratio": 0.5}),
+        ("recipe-20-rank-64", fifth, {}),
+        ("recipe-20-rank-64-scaling-0.25", f"{fifth}, delta_scaling 0.25", {"delta_scaling": 0.25}),
+        ("recipe-20-rank-64-scaling-0.5", f"{fifth}, delta_scaling 0.5", {"delta_scaling": 0.5}),
+        ("recipe-3-rank-64", fifth.replace("fifth", "thirtieth"), {"selection_ratio": 0.03}),
+    ):
+        options = _recipe_options(**{"selection_ratio": 0.2, "frozen_rank": 64, **changes})
         yield Method(name, title, _adaptq, options, group="rank", anchor="general")
         name, title = f"{name}-budget", f"{title} + budget"
         yield Method(name, title, _adaptq, options, group="rank", anchor="general", finish="budget")

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 MARKERS = "osD^vP*X<>ph"
 #: Above this degradation, in percent, the axis is logarithmic.
 LARGE = 20
+#: With a title of more characters than this the legend has one column a panel instead of two.
+LONG_TITLE = 45
 
 
 def check_matplotlib() -> None:
@@ -41,8 +43,10 @@ def plot_fronts(folder: Path, rows: Sequence[Row]) -> list[Path]:
         for one, (size, chosen) in zip(axes, panels, strict=True):
             _draw(one, f"{title}, N = {size:,}", chosen, styles)
         handles = {label: h for one in axes for h, label in zip(*one.get_legend_handles_labels(), strict=True)}
-        legend: dict[str, Any] = {"ncols": 2 * len(panels), "frameon": False, "fontsize": 8}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", **legend)
+        columns = len(panels) * (1 if max(map(len, handles)) > LONG_TITLE else 2)
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+        )
         written.append(folder / f"front_{group}.png")
         figure.savefig(written[-1], dpi=130)
     return written

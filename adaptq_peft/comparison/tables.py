@@ -16,8 +16,6 @@ from .methods import Method, resolve_methods
 from .price import Estimate
 from .records import Record, Run, RunStore, choose_rate
 
-#: The method that each ablation varies is repeated in its table.
-REFERENCE = "adaptq-50"
 GROUP_TITLES = {
     "main": "Methods",
     "selection": "Which blocks",
@@ -25,6 +23,15 @@ GROUP_TITLES = {
     "scaling": "How far a step moves the deltas",
     "rank": "Rank of the corrections",
     "precision": "Precision of the frozen blocks",
+}
+#: Methods of the main group that are repeated in the tables of ablations: what they vary, or are to be compared with.
+REFERENCES = {
+    "main": (),
+    "selection": ("adaptq-50",),
+    "ratio": ("adaptq-50",),
+    "scaling": ("adaptq-recipe-unanchored",),
+    "rank": ("lora-64", "lora-64-budget", "adaptq-recipe", "adaptq-recipe-budget"),
+    "precision": ("adaptq-50", "adaptq-default"),
 }
 
 
@@ -154,9 +161,9 @@ def markdown(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
 
 
 def rows_of(rows: Sequence[Row], group: str, samples: int) -> list[Row]:
-    """The rows of one table: those of the group and size, and for ablations the method that they vary."""
+    """The rows of one table: those of the group and size, and for ablations the methods in `REFERENCES`."""
     wanted = [row for row in rows if row.samples in (0, samples)]
-    return [row for row in wanted if row.group == group or (group != "main" and row.method == REFERENCE)]
+    return [row for row in wanted if row.group == group or row.method in REFERENCES[group]]
 
 
 def show_estimate(console: Console, found: Estimate) -> None:

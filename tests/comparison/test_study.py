@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -146,6 +147,25 @@ def test_another_call_adds_to_the_tables(fake, study, tmp_path):
     (front, blocks, *_) = plot_fronts(tmp_path, rows)
     assert (front.name, blocks.name) == ("front_main.png", "front_selection.png")
     assert front.read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_ablations_are_beside_what_they_vary_in_table_and_figure(fake, study, tmp_path, monkeypatch):
+    names = ("lora-64-budget", "adaptq-recipe-budget", "recipe-20-rank-64-scaling-0.25-budget")
+    rows = study(methods=(*names, "vanilla", "lora"))
+    text = (tmp_path / "results.md").read_text()
+    (table,) = (part for part in text.split("## ") if part.startswith("Rank of the corrections"))
+    assert all(method.title in table for method in resolve_methods(names))
+    assert "LoRA on all linears" not in table
+
+    drawn = {}
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.update({path.name: figure}))
+    plot_fronts(tmp_path, rows)
+    figure = drawn["front_rank.png"]
+    (legend,) = figure.legends
+    assert [label.get_text() for label in legend.get_texts()] == [method.title for method in resolve_methods(names)]
+    figure.draw_without_rendering()
+    place = legend.get_window_extent()
+    assert 0 <= place.x0 < place.x1 <= figure.bbox.width
 
 
 def test_rates_of_another_call_count_in_the_search(fake, study):
