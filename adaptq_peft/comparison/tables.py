@@ -30,7 +30,7 @@ REFERENCES = {
     "selection": ("adaptq-50",),
     "ratio": ("adaptq-50",),
     "scaling": ("adaptq-recipe-unanchored",),
-    "rank": ("lora-64", "lora-64-budget", "adaptq-recipe", "adaptq-recipe-budget"),
+    "rank": ("full", "lora-budget", "lora-64-budget", "adaptq-recipe", "adaptq-recipe-budget"),
     "precision": ("adaptq-50", "adaptq-default"),
 }
 

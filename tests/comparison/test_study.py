@@ -151,11 +151,11 @@ def test_another_call_adds_to_the_tables(fake, study, tmp_path):
 
 def test_ablations_are_beside_what_they_vary_in_table_and_figure(fake, study, tmp_path, monkeypatch):
     names = ("lora-64-budget", "adaptq-recipe-budget", "recipe-20-rank-64-scaling-0.25-budget")
-    rows = study(methods=(*names, "vanilla", "lora"))
+    rows = study(methods=(*names, "shira"))
     text = (tmp_path / "results.md").read_text()
     (table,) = (part for part in text.split("## ") if part.startswith("Rank of the corrections"))
     assert all(method.title in table for method in resolve_methods(names))
-    assert "LoRA on all linears" not in table
+    assert "SHiRA" not in table
 
     drawn = {}
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.update({path.name: figure}))
