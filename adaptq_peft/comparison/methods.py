@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import LoraConfig, OSFConfig, ShiraConfig, get_peft_model
@@ -179,18 +179,14 @@ def _adaptq_main() -> Iterator[Method]:
     yield Method("adaptq-50-anchor", "ADAPT-Q-50 + anchor", _adaptq, half, anchor="general")
     yield Method("adaptq-50-mixed", "ADAPT-Q-50 mixed rank", _adaptq, mixed)
     name, title = "adaptq-50-mixed-anchor", "ADAPT-Q-50 mixed rank + anchor"
-    yield Method(name, title, _adaptq, mixed, anchor="general")
-    yield Method(f"{name}-budget", f"{title} + budget", _adaptq, mixed, anchor="general", finish="budget")
+    yield from _also_with_budget(Method(name, title, _adaptq, mixed, anchor="general"))
     yield Method("adaptq-default", "ADAPT-Q, the defaults", _adaptq, _default_options())
     recipe = _recipe_options()
     name, title = "adaptq-recipe", "ADAPT-Q, the recipe"
-    yield Method(name, title, _adaptq, recipe, anchor="general")
-    yield Method(f"{name}-budget", f"{title} + budget", _adaptq, recipe, anchor="general", finish="budget")
-    yield Method(f"{name}-unanchored", f"{title} without anchor", _adaptq, recipe)
-    yield Method(f"{name}-unanchored-budget", f"{title} without anchor + budget", _adaptq, recipe, finish="budget")
+    yield from _also_with_budget(Method(name, title, _adaptq, recipe, anchor="general"))
+    yield from _also_with_budget(Method(f"{name}-unanchored", f"{title} without anchor", _adaptq, recipe))
     name, title = f"{name}-written", f"{title} without general text"
-    yield Method(name, title, _adaptq, recipe, anchor="written")
-    yield Method(f"{name}-budget", f"{title} + budget", _adaptq, recipe, anchor="written", finish="budget")
+    yield from _also_with_budget(Method(name, title, _adaptq, recipe, anchor="written"))
 
 
 def _ablations() -> Iterator[Method]:
@@ -204,17 +200,15 @@ def _ablations() -> Iterator[Method]:
         title = f"ADAPT-Q, the recipe without anchor, delta_scaling {scaling:g}"
         yield Method(f"scaling-{scaling:g}", title, _adaptq, _recipe_options(delta_scaling=scaling), group="scaling")
     fifth = "ADAPT-Q, the recipe on a fifth of the blocks, corrections of rank 64"
-    for name, title, changes in (
-        ("recipe-50-rank-64", "ADAPT-Q, the recipe, corrections of rank 64", {"selection_ratio": 0.5}),
-        ("recipe-20-rank-64", fifth, {}),
-        ("recipe-20-rank-64-scaling-0.25", f"{fifth}, delta_scaling 0.25", {"delta_scaling": 0.25}),
-        ("recipe-20-rank-64-scaling-0.5", f"{fifth}, delta_scaling 0.5", {"delta_scaling": 0.5}),
-        ("recipe-3-rank-64", fifth.replace("fifth", "thirtieth"), {"selection_ratio": 0.03}),
+    for name, title, ratio, scaling in (
+        ("recipe-50-rank-64", "ADAPT-Q, the recipe, corrections of rank 64", 0.5, 0.125),
+        ("recipe-20-rank-64", fifth, 0.2, 0.125),
+        ("recipe-20-rank-64-scaling-0.25", f"{fifth}, delta_scaling 0.25", 0.2, 0.25),
+        ("recipe-20-rank-64-scaling-0.5", f"{fifth}, delta_scaling 0.5", 0.2, 0.5),
+        ("recipe-3-rank-64", "ADAPT-Q, the recipe on a thirtieth of the blocks, corrections of rank 64", 0.03, 0.125),
     ):
-        options = _recipe_options(**{"selection_ratio": 0.2, "frozen_rank": 64, **changes})
-        yield Method(name, title, _adaptq, options, group="rank", anchor="general")
-        name, title = f"{name}-budget", f"{title} + budget"
-        yield Method(name, title, _adaptq, options, group="rank", anchor="general", finish="budget")
+        options = _recipe_options(selection_ratio=ratio, delta_scaling=scaling, frozen_rank=64)
+        yield from _also_with_budget(Method(name, title, _adaptq, options, group="rank", anchor="general"))
     for name in QUANTIZATION_NAMES:
         options = _adaptq_options(quantization=name)
         yield Method(f"frozen-{name}", f"ADAPT-Q-50, frozen in {name}", _adaptq, options, group="precision")
@@ -226,9 +220,13 @@ def _ablations() -> Iterator[Method]:
     yield Method("default-calibrated", "ADAPT-Q, the defaults, calibrated", _adaptq, options, group="precision")
     title = "ADAPT-Q, the recipe without anchor, frozen in 16 bits"
     options = _recipe_options(quantization="none", quantization_calibration=None)
-    yield Method("frozen-none-recipe", title, _adaptq, options, group="precision")
-    name, title = "frozen-none-recipe-budget", f"{title} + budget"
-    yield Method(name, title, _adaptq, options, group="precision", finish="budget")
+    yield from _also_with_budget(Method("frozen-none-recipe", title, _adaptq, options, group="precision"))
+
+
+def _also_with_budget(method: Method) -> Iterator[Method]:
+    """The method, and the same training held to a budget."""
+    yield method
+    yield replace(method, name=f"{method.name}-budget", title=f"{method.title} + budget", finish="budget")
 
 
 def _adaptq_options(**changes: Any) -> dict[str, Any]:

@@ -151,10 +151,11 @@ def test_another_call_adds_to_the_tables(fake, study, tmp_path):
 
 def test_ablations_are_beside_what_they_vary_in_table_and_figure(fake, study, tmp_path, monkeypatch):
     names = ("lora-64-budget", "adaptq-recipe-budget", "recipe-20-rank-64-scaling-0.25-budget")
+    titles = [method.title for method in resolve_methods(names)]
     rows = study(methods=(*names, "shira"))
     text = (tmp_path / "results.md").read_text()
     (table,) = (part for part in text.split("## ") if part.startswith("Rank of the corrections"))
-    assert all(method.title in table for method in resolve_methods(names))
+    assert all(title in table for title in titles)
     assert "SHiRA" not in table
 
     drawn = {}
@@ -162,7 +163,7 @@ def test_ablations_are_beside_what_they_vary_in_table_and_figure(fake, study, tm
     plot_fronts(tmp_path, rows)
     figure = drawn["front_rank.png"]
     (legend,) = figure.legends
-    assert [label.get_text() for label in legend.get_texts()] == [method.title for method in resolve_methods(names)]
+    assert [label.get_text() for label in legend.get_texts()] == titles
     figure.draw_without_rendering()
     place = legend.get_window_extent()
     assert 0 <= place.x0 < place.x1 <= figure.bbox.width
