@@ -156,8 +156,7 @@ def _baselines() -> Iterator[Method]:
     yield Method("lora", "LoRA on all linears", _lora, every)
     yield Method("lora-budget", "LoRA + budget", _lora, every, finish="budget")
     yield Method("lora-quantize", "LoRA, then half in NF4", _lora, every, finish="quantize")
-    yield Method("lora-anchor", "LoRA + anchor", _lora, every, anchor="general")
-    yield Method("lora-anchor-budget", "LoRA + anchor + budget", _lora, every, anchor="general", finish="budget")
+    yield from _also_with_budget(Method("lora-anchor", "LoRA + anchor", _lora, every, anchor="general"))
     wide = {**every, "r": 64, "lora_alpha": 128}
     yield Method("lora-64", "LoRA r=64 on all linears", _lora, wide)
     yield Method("lora-64-budget", "LoRA r=64 + budget", _lora, wide, finish="budget")
