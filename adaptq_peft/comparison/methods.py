@@ -53,8 +53,9 @@ class Method:
         build: makes the model that trains from the base.
         options: keyword arguments of `build`, as JSON types.
         group: "main", "selection", "ratio", "scaling", "rank" or "precision": the table that it is in.
-        anchor: "" (none), "general": KL to the base on general text, or "written": on text that the base writes, as
-            where no general text is at hand: then calibration has none either.
+        anchor: "" (none), "general": KL to the base on general text, "one-sided": on that where the model predicts it
+            worse than its base, or "written": on text that the base writes, as where no general text is at hand: then
+            calibration has none either.
         finish: what is done after training: "" (nothing), "budget" or "quantize".
         fixed_rate: learning rate of a fixed recipe; `None`: it is searched.
         rate_factor: what the rates that are searched are multiplied by. Full-rank weights take a quarter of what
@@ -157,6 +158,8 @@ def _baselines() -> Iterator[Method]:
     yield Method("lora-budget", "LoRA + budget", _lora, every, finish="budget")
     yield Method("lora-quantize", "LoRA, then half in NF4", _lora, every, finish="quantize")
     yield from _also_with_budget(Method("lora-anchor", "LoRA + anchor", _lora, every, anchor="general"))
+    title = "LoRA + one-sided anchor"
+    yield from _also_with_budget(Method("lora-one-sided", title, _lora, every, anchor="one-sided"))
     wide = {**every, "r": 64, "lora_alpha": 128}
     yield Method("lora-64", "LoRA r=64 on all linears", _lora, wide)
     yield Method("lora-64-budget", "LoRA r=64 + budget", _lora, wide, finish="budget")
@@ -185,6 +188,8 @@ def _adaptq_main() -> Iterator[Method]:
     name, title = "adaptq-recipe", "ADAPT-Q, the recipe"
     yield from _also_with_budget(Method(name, title, _adaptq, recipe, anchor="general"))
     yield from _also_with_budget(Method(f"{name}-unanchored", f"{title} without anchor", _adaptq, recipe))
+    one_sided = f"{title} with the anchor one-sided"
+    yield from _also_with_budget(Method(f"{name}-one-sided", one_sided, _adaptq, recipe, anchor="one-sided"))
     name, title = f"{name}-written", f"{title} without general text"
     yield from _also_with_budget(Method(name, title, _adaptq, recipe, anchor="written"))
 

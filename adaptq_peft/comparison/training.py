@@ -98,7 +98,7 @@ def train_run(
     """
     set_seed(run.seed)
     samples = draw_samples(windows, run.samples, run.seed)
-    answers = _answers(run.method, measurements)
+    anchors = _anchors(run, measurements)
     base = load()
     autocast = base.dtype if run.method.autocast and base.dtype != torch.float32 else None
     lists = [{"input_ids": sample["input_ids"].tolist()} for sample in samples]
@@ -109,7 +109,6 @@ def train_run(
     steps = num_steps(run.samples, run.method, settings) if steps is None else steps
     if steps and run.method.is_trained:
         timer = _StepTimer()
-        anchors = [] if answers is None else [PreservationCallback(answers, seed=run.seed)]
         with trained.timed("train"):
             trained.losses = train(
                 model,
@@ -217,10 +216,13 @@ _FINISHES: dict[str, Callable[..., Finished]] = {
 }
 
 
-def _answers(method: Method, measurements: Measurements) -> Any:
-    if not method.anchor:
-        return None
-    return measurements.answers_on_general if method.anchor == "general" else measurements.answers_on_written
+def _anchors(run: Run, measurements: Measurements) -> list[PreservationCallback]:
+    """The anchor of the run's method, or none."""
+    kind = run.method.anchor
+    if not kind:
+        return []
+    answers = measurements.answers_on_written if kind == "written" else measurements.answers_on_general
+    return [PreservationCallback(answers, seed=run.seed, one_sided=kind == "one-sided")]
 
 
 def _adapted_blocks(model: nn.Module) -> list[int] | None:

@@ -13,7 +13,7 @@ from ..evaluation.perplexity import token_logits
 from ..offloading import input_device
 from .anchor_weight import AdaptiveWeight
 from .teacher import AnsweredText, BaseAnswers, collate
-from .top_k_kl import top_k_kl
+from .top_k_kl import log_probs_of, top_k_kl
 
 MODES = ("kl", "replay")
 _PLAIN_LOOP_BATCH = 4
@@ -44,6 +44,10 @@ class Anchor:
         target_kl: hold the mean KL, in nats a token, at this by adapting the weight (`AdaptiveWeight`), which `weight`
             then starts. On text that the base would write the KL is the expected rise of the negative log likelihood:
             for 2% more perplexity log(1.02) = 0.0198. None (default): the weight is constant. Only for "kl".
+        one_sided: only positions count where the model gives the text's next token less probability than its base
+            did, so that it is not pulled back from what it got better at, as the inequality constraints of gradient
+            episodic memory allow (Lopez-Paz and Ranzato 2017, arXiv:1706.08840). Default False: all count. Only for
+            "kl"; `target_kl` is then that of these positions, still over the number of all.
         batch_size: texts in an optimizer step, for each process. None (default): a quarter of the samples of the
             domain in a Trainer, 4 in a plain loop.
         samples: texts at most. Default 256.
@@ -66,6 +70,7 @@ class Anchor:
         mode: str = "kl",
         weight: float = 1.0,
         target_kl: float | None = None,
+        one_sided: bool = False,
         batch_size: int | None = None,
         samples: int = 256,
         max_length: int = 256,
@@ -73,7 +78,7 @@ class Anchor:
         seed: int = 0,
     ) -> None:
         numbers = {"batch_size": batch_size, "samples": samples, "max_length": max_length, "top_k": top_k}
-        _check(mode, weight, target_kl, numbers)
+        _check(mode, weight, target_kl, one_sided, numbers)
         self.answers: BaseAnswers | None = general_texts if isinstance(general_texts, BaseAnswers) else None
         self.mode = mode
         self.batch_size = batch_size
@@ -84,6 +89,7 @@ class Anchor:
         self._seed = seed
         self._weight = AdaptiveWeight(weight, target_kl)
         self._target = target_kl
+        self._one_sided = one_sided
         self._position = 0
         self._sums: list[Tensor] = []
 
@@ -142,7 +148,7 @@ class Anchor:
         self._record(total)
 
     def _divergence(self, model: nn.Module, texts: list[AnsweredText]) -> Tensor:
-        batch, rows, tokens, log_probs = collate(texts, input_device(model))
+        batch, *answers = collate(texts, input_device(model))
         logits = token_logits(model, **batch)
         vocabulary = self.answers.vocabulary  # type: ignore[union-attr]
         if logits.shape[-1] < vocabulary:
@@ -150,8 +156,13 @@ class Anchor:
                 f"the model has {logits.shape[-1]} tokens to choose among, the base that answered had {vocabulary}: "
                 "make the anchor from the base that is trained"
             )
-        where = (part.to(logits.device) for part in (rows, tokens, log_probs))
-        return top_k_kl(logits.flatten(0, 1), *where)
+        logits = logits.flatten(0, 1)
+        rows, tokens, log_probs, base = (part.to(logits.device) for part in answers)
+        if self._one_sided:
+            following = batch["input_ids"].flatten().roll(-1).to(logits.device)[rows]
+            worse = log_probs_of(following, logits, rows) < base
+            rows, tokens, log_probs = rows[worse], tokens[worse], log_probs[worse]
+        return top_k_kl(logits, rows, tokens, log_probs)
 
     def _next_texts(self) -> list[AnsweredText]:
         """This process's share of the next batch; each pass over the texts has an order of its own."""
@@ -208,7 +219,7 @@ def _process() -> tuple[int, int]:
     return 0, 1
 
 
-def _check(mode: str, weight: float, target_kl: float | None, numbers: dict[str, int | None]) -> None:
+def _check(mode: str, weight: float, target_kl: float | None, one_sided: bool, numbers: dict[str, int | None]) -> None:
     faults = [
         f"{name}={given} must be at least 1" for name, given in numbers.items() if given is not None and given < 1
     ]
@@ -220,5 +231,7 @@ def _check(mode: str, weight: float, target_kl: float | None, numbers: dict[str,
         faults.append(f"target_kl={target_kl} must be positive, in nats a token: log(1.02) = 0.0198 stands for 2%")
     if target_kl is not None and mode != "kl":
         faults.append(f'target_kl is for mode="kl"; mode={mode!r} has no KL to hold')
+    if one_sided and mode != "kl":
+        faults.append(f'one_sided is for mode="kl"; mode={mode!r} has no base to be worse than')
     if faults:
         raise ValueError("The anchor can't be set up: " + "; ".join(faults) + ".")

@@ -1,7 +1,8 @@
 """What the base model answers on general text, cached once: the teacher of the anchor, with no second model in memory.
 
-At each position the cache holds the k most likely next tokens and the log probabilities of them and of all others
-together: 4k + 2 bytes a token for vocabularies up to 65,536 tokens, 6k + 2 for larger ones.
+At each position the cache holds the k most likely next tokens and the log probabilities of them, of all others
+together and of the token that follows in the text: 4k + 4 bytes a token for vocabularies up to 65,536 tokens, 6k + 4
+for larger ones.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from ..offloading import input_device
 from ..quantization import has_quantized
 from ..selection.calibration import Batch, calibration_batches
 from .original_model import adapters_disabled, check_base_is_kept, unwrapped
-from .top_k_kl import LOG_ZERO, top_k_log_probs
+from .top_k_kl import LOG_ZERO, log_probs_of, top_k_log_probs
 
-_FORMAT = "adaptq_base_answers_1"
+_FORMAT = "adaptq_base_answers_2"
+_TENSORS = ("input_ids", "tokens", "log_probs", "following_log_probs")
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,18 @@ class AnsweredText:
         input_ids: [tokens], int32.
         tokens: [answers, k], uint16 or int32: the most likely next tokens after the first `answers` tokens.
         log_probs: [answers, k + 1], float16: natural log probabilities of them, and of all other tokens together.
+        following_log_probs: [answers], float16: of the token that follows in the text; `LOG_ZERO` where none does.
     """
 
     input_ids: Tensor
     tokens: Tensor
     log_probs: Tensor
+    following_log_probs: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in the order of the attributes."""
+        return self.input_ids, self.tokens, self.log_probs, self.following_log_probs
 
 
 class BaseAnswers(Sequence[AnsweredText]):
@@ -67,7 +76,7 @@ class BaseAnswers(Sequence[AnsweredText]):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(part.nbytes for text in self._texts for part in (text.input_ids, text.tokens, text.log_probs))
+        return sum(tensor.nbytes for text in self._texts for tensor in text.tensors)
 
     @property
     def num_tokens(self) -> int:
@@ -120,10 +129,12 @@ class BaseAnswers(Sequence[AnsweredText]):
             for batch in _read(model, general_texts, tokenizer, samples, max_length, batch_size):
                 logits = token_logits(model, **_to(batch, input_device(model)))
                 vocabulary = logits.shape[-1]
-                found += [
-                    _answered(row, *top_k_log_probs(row_logits, min(top_k, vocabulary)), _smallest_dtype(vocabulary))
-                    for row, row_logits in _unpadded(batch, logits)
-                ]
+                for row, row_logits in _unpadded(batch, logits):
+                    answers = top_k_log_probs(row_logits, min(top_k, vocabulary))
+                    following = row[1:].to(logits.device)
+                    known = log_probs_of(following, row_logits, torch.arange(len(following), device=logits.device))
+                    known = nn.functional.pad(known, (0, 1), value=LOG_ZERO)
+                    found.append(_answered(row, *answers, known, _smallest_dtype(vocabulary)))
         return cls(found, vocabulary)
 
     @classmethod
@@ -147,18 +158,15 @@ class BaseAnswers(Sequence[AnsweredText]):
                 for row, _ in _unpadded(batch, batch["input_ids"]):
                     following = row[1:, None]
                     certain = torch.tensor([0.0, LOG_ZERO]).expand(len(following), 2)
-                    found.append(_answered(row, following, certain, torch.int32))
+                    found.append(_answered(row, following, certain, torch.zeros(len(following)), torch.int32))
         return cls(found, 1 + max((int(text.input_ids.max()) for text in found), default=0))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the answers to a safetensors file, so that the base need not be asked again."""
         lengths = [[text.input_ids.numel(), text.tokens.shape[0]] for text in self._texts]
-        tensors = {
-            "lengths": torch.tensor(lengths, dtype=torch.int64),
-            "input_ids": torch.cat([text.input_ids for text in self._texts]),
-            "tokens": torch.cat([text.tokens for text in self._texts]),
-            "log_probs": torch.cat([text.log_probs for text in self._texts]),
-        }
+        parts = zip(*(text.tensors for text in self._texts), strict=True)
+        tensors = {name: torch.cat(part) for name, part in zip(_TENSORS, parts, strict=True)}
+        tensors["lengths"] = torch.tensor(lengths, dtype=torch.int64)
         save_file(tensors, path, metadata={"format": _FORMAT, "vocabulary": str(self.vocabulary)})
 
     @classmethod
@@ -175,28 +183,27 @@ class BaseAnswers(Sequence[AnsweredText]):
                     f"{str(path)!r} has format {metadata.get('format')!r}; BaseAnswers.load reads {_FORMAT!r}, as "
                     "BaseAnswers.save writes it"
                 )
-            lengths = file.get_tensor("lengths").T.tolist()
-            parts = [
-                file.get_tensor(name).split(sizes)
-                for name, sizes in zip(("input_ids", "tokens", "log_probs"), (*lengths, lengths[1]), strict=True)
-            ]
+            tokens, answers = file.get_tensor("lengths").T.tolist()
+            parts = [file.get_tensor(name).split(tokens if name == "input_ids" else answers) for name in _TENSORS]
         texts = [AnsweredText(*[part.clone() for part in text]) for text in zip(*parts, strict=True)]
         return cls(texts, int(metadata["vocabulary"]))
 
 
-def collate(texts: Sequence[AnsweredText], device: torch.device) -> tuple[Batch, Tensor, Tensor, Tensor]:
+def collate(texts: Sequence[AnsweredText], device: torch.device) -> tuple[Batch, Tensor, Tensor, Tensor, Tensor]:
     """A padded batch and the answers to it, on `device`.
 
     Returns:
         "input_ids" and "attention_mask", int64, [texts, longest], padded on the right; the rows [n] of the flattened
-        [texts * longest] positions that have answers; tokens [n, k], int64; log probabilities [n, k + 1], float32.
+        [texts * longest] positions that have answers; tokens [n, k], int64; log probabilities [n, k + 1], float32;
+        those of the tokens that follow in the texts [n], float32.
     """
     batch = _padded([text.input_ids.long() for text in texts])
     width = batch["input_ids"].shape[1]
     rows = torch.cat([torch.arange(len(text.tokens)) + i * width for i, text in enumerate(texts)])
     tokens = torch.cat([text.tokens for text in texts]).long()
     log_probs = torch.cat([text.log_probs for text in texts]).float()
-    return _to(batch, device), rows.to(device), tokens.to(device), log_probs.to(device)
+    following = torch.cat([text.following_log_probs for text in texts]).float()
+    return _to(batch, device), rows.to(device), tokens.to(device), log_probs.to(device), following.to(device)
 
 
 @contextmanager
@@ -253,5 +260,5 @@ def _smallest_dtype(vocabulary: int) -> torch.dtype:
     return torch.uint16 if vocabulary <= 2**16 else torch.int32
 
 
-def _answered(ids: Tensor, tokens: Tensor, log_probs: Tensor, dtype: torch.dtype) -> AnsweredText:
-    return AnsweredText(ids.int().cpu(), tokens.to(dtype).cpu(), log_probs.half().cpu())
+def _answered(ids: Tensor, tokens: Tensor, log_probs: Tensor, following: Tensor, dtype: torch.dtype) -> AnsweredText:
+    return AnsweredText(ids.int().cpu(), tokens.to(dtype).cpu(), log_probs.half().cpu(), following.half().cpu())

@@ -68,7 +68,7 @@ def main() -> None:
         student = get_peft_model(base, config).eval()
     width, vocabulary = hidden[0].shape[-1], answers[0].shape[-1]
     index_bytes = 2 if vocabulary <= 2**16 else 4
-    ways = {f"top {k}": (k * (index_bytes + 2) + 2, lambda b, s, h, k=k: from_top_k(b, s, k)) for k in arguments.top_k}
+    ways = {f"top {k}": (k * (index_bytes + 2) + 4, lambda b, s, h, k=k: from_top_k(b, s, k)) for k in arguments.top_k}
     stored = {
         "hidden float16": (2 * width, lambda h: h.half()),
         "hidden bfloat16": (2 * width, lambda h: h.bfloat16()),

@@ -57,23 +57,37 @@ def test_each_main_method_trains_and_is_measured(name, trained):
     assert record["finish"].get("feasible") in ((True, False) if name.endswith("-budget") else (None,))
 
 
-def test_methods_without_general_text_are_given_none(load, windows, settings, monkeypatch):
-    written = object()
-    measurements = SimpleNamespace(general_samples=[{"input_ids": [1, 2, 3]}], answers_on_written=written)
+@pytest.mark.parametrize(
+    ("name", "has_general", "anchor"),
+    [
+        ("adaptq-recipe", True, {"answers": "on general", "one_sided": False}),
+        ("adaptq-recipe-one-sided", True, {"answers": "on general", "one_sided": True}),
+        ("lora-one-sided-budget", True, {"answers": "on general", "one_sided": True}),
+        ("adaptq-recipe-unanchored", True, None),
+        ("adaptq-recipe-written", False, {"answers": "on written", "one_sided": False}),
+    ],
+)
+def test_the_general_text_and_anchor_of_a_method(name, has_general, anchor, load, windows, settings, monkeypatch):
+    general = [{"input_ids": [1, 2, 3]}]
+    answers = {"answers_on_general": "on general", "answers_on_written": "on written"}
+    measurements = SimpleNamespace(general_samples=general, **answers)
     model, seen = load(), {}
 
     def prepare(run, base, inputs):
         seen.update(general=inputs.general)
         return model, 0.0
 
-    monkeypatch.setattr(training, "PreservationCallback", lambda answers, seed: seen.update(answers=answers))
+    def callback(answers, seed, **options):
+        assert seed == 0
+        seen["anchor"] = {"answers": answers, **options}
+
+    monkeypatch.setattr(training, "PreservationCallback", callback)
     monkeypatch.setattr(training, "train", lambda model, samples, **options: [1.0])
     monkeypatch.setattr(training, "_StepTimer", lambda: SimpleNamespace(seconds=[1.0]))
     arguments = (load, windows, measurements, settings(), lambda step, loss: None, SimpleNamespace(prepare=prepare))
-    train_run(run_of("adaptq-recipe-written"), *arguments)
-    assert seen == {"general": [], "answers": written}
-    train_run(run_of("adaptq-recipe-unanchored"), *arguments)
-    assert seen["general"] == measurements.general_samples
+    train_run(run_of(name), *arguments)
+    assert seen["general"] == (general if has_general else [])
+    assert seen.get("anchor") == anchor
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.bfloat16), (torch.float32, None)])

@@ -78,6 +78,42 @@ class TestLoss:
         assert torch.cosine_similarity(gradients(model), wanted, dim=0) > 0.999
         assert gradients(model).norm().item() == pytest.approx(wanted.norm().item(), rel=1e-2)
 
+    def test_one_sided_only_what_became_worse_counts(self, make_model, general_samples):
+        base, model = make_model(), adaptq(make_model(), quantization="none")
+        randomize(model, std=0.1)
+        settings = {"top_k": VOCABULARY, "batch_size": len(general_samples)}
+        anchor = Anchor.from_base(base, general_samples, one_sided=True, **settings)
+        expected, positions, worse = 0.0, 0, 0
+        for sample in general_samples:
+            ids = torch.tensor([sample["input_ids"]])
+            with torch.no_grad():
+                p = base(ids).logits[0].log_softmax(-1)
+            q = model(input_ids=ids).logits[0].log_softmax(-1)
+            following = ids[0, 1:, None]
+            counts = q[:-1].gather(-1, following) < p[:-1].gather(-1, following)
+            expected = expected + (counts * p[:-1].exp() * (p[:-1] - q[:-1])).sum()
+            positions, worse = positions + ids.numel(), worse + counts.sum().item()
+        assert 0 < worse < positions - len(general_samples)
+        (expected / positions).backward()
+        wanted = gradients(model)
+        model.zero_grad()
+        found = anchor.loss(model)
+        found.backward()
+        assert found.item() == pytest.approx(expected.item() / positions, rel=1e-2)
+        assert torch.cosine_similarity(gradients(model), wanted, dim=0) > 0.999
+
+    def test_one_sided_a_model_that_became_better_is_left_alone(self, make_model, general_samples):
+        """Texts of one prediction each, of which the model has learned every one."""
+        texts = [{"input_ids": [sample["input_ids"][0], 7]} for sample in general_samples]
+        anchor = Anchor.from_base(make_model(), texts, one_sided=True, batch_size=len(texts))
+        two_sided = Anchor(anchor.answers, batch_size=len(texts))
+        model = pretrain(adaptq(make_model(), quantization="none"), texts)
+        loss = anchor.loss(model)
+        loss.backward()
+        assert loss.item() == 0
+        assert not gradients(model).any()
+        assert two_sided.loss(model).item() > 0.01
+
     def test_micro_batches_add_up_to_the_batch(self, make_model, general_samples):
         answers = Anchor.from_base(make_model(), general_samples, top_k=8).answers
         model = adaptq(make_model(), quantization="none")
@@ -132,17 +168,17 @@ class TestLoss:
 
 
 @pytest.mark.parametrize("wrap", [adaptq, lora])
-@pytest.mark.parametrize("mode", ["kl", "replay"])
-def test_an_anchored_run_forgets_less(make_model, general_samples, batch, wrap, mode):
+@pytest.mark.parametrize("settings", [{}, {"one_sided": True}, {"mode": "replay"}], ids=["kl", "one-sided", "replay"])
+def test_an_anchored_run_forgets_less(make_model, general_samples, batch, wrap, settings):
     base = pretrain(make_model(), general_samples).eval()
     weights = base.state_dict()
-    answers = Anchor.from_base(base, general_samples, mode=mode).answers
+    answers = Anchor.from_base(base, general_samples, **settings).answers
     after = {}
     for anchored in (False, True):
         fresh = make_model()
         fresh.load_state_dict(weights)
         model = wrap(fresh)
-        anchor = Anchor(answers, mode=mode, batch_size=4)
+        anchor = Anchor(answers, batch_size=4, **settings)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
         losses = []
         for _ in range(15):
@@ -216,6 +252,12 @@ class TestErrors:
     def test_a_target_needs_the_kl(self):
         with pytest.raises(ValueError, match="mode='replay' has no KL to hold"):
             Anchor(mode="replay", target_kl=0.1)
+
+    def test_one_sided_needs_the_base(self):
+        with pytest.raises(
+            ValueError, match="one_sided is for mode=\"kl\"; mode='replay' has no base to be worse than"
+        ):
+            Anchor(mode="replay", one_sided=True)
 
     def test_no_answers_yet(self, llama, general_samples):
         with pytest.raises(ValueError, match="make it with from_base"):

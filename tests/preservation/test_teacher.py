@@ -17,9 +17,9 @@ from adaptq_peft.preservation.top_k_kl import top_k_log_probs
 
 def same(left, right):
     return len(left) == len(right) and all(
-        torch.equal(getattr(a, name), getattr(b, name))
+        torch.equal(first, second)
         for a, b in zip(left, right, strict=True)
-        for name in ("input_ids", "tokens", "log_probs")
+        for first, second in zip(a.tensors, b.tensors, strict=True)
     )
 
 
@@ -33,13 +33,16 @@ def test_answers_are_those_of_each_text_alone(model, general_samples):
             logits = model(input_ids=text.input_ids[None].long()).logits[0]
         tokens, log_probs = top_k_log_probs(logits, 5)
         assert torch.allclose(text.log_probs.float(), log_probs, atol=5e-3)
+        following = logits[:-1].log_softmax(-1).gather(-1, text.input_ids[1:, None].long())[:, 0]
+        assert torch.allclose(text.following_log_probs[:-1].float(), following, atol=5e-3)
+        assert text.following_log_probs[-1] < -9000  # no token follows the last
         assert (text.tokens.long() == tokens).float().mean() > 0.9  # ties may be broken otherwise in a batch
 
 
 def test_dtypes_and_bytes(llama, general_samples):
     answers = BaseAnswers.of(llama, general_samples, top_k=5)
     assert (answers[0].tokens.dtype, answers[0].log_probs.dtype) == (torch.uint16, torch.float16)
-    assert answers.nbytes == answers.num_tokens * (4 + 5 * (2 + 2) + 2)
+    assert answers.nbytes == answers.num_tokens * (4 + 5 * (2 + 2) + 2 + 2)
     assert answers.vocabulary == 96
 
 
@@ -113,11 +116,12 @@ def test_replay_answers_with_the_text(llama, general_samples):
 def test_a_padded_batch_and_the_rows_with_answers(llama, general_samples):
     answers = BaseAnswers.of(llama, general_samples, top_k=5)
     short, long = min(answers, key=lambda t: len(t.input_ids)), max(answers, key=lambda t: len(t.input_ids))
-    batch, rows, tokens, log_probs = collate([short, long], torch.device("cpu"))
+    batch, rows, tokens, log_probs, following = collate([short, long], torch.device("cpu"))
     width = len(long.input_ids)
     assert batch["attention_mask"].sum(-1).tolist() == [len(short.input_ids), width]
     assert rows.tolist() == [*range(len(short.input_ids)), *range(width, 2 * width)]
     assert torch.equal(tokens, torch.cat([short.tokens, long.tokens]).long())
+    assert torch.equal(following, torch.cat([short.following_log_probs, long.following_log_probs]).float())
     assert log_probs.dtype == torch.float32
 
 
