@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..evaluation.perplexity import token_logits
+from ..evaluation.perplexity import token_logits, token_nll
 from ..offloading import input_device
 from .anchor_weight import AdaptiveWeight
 from .teacher import AnsweredText, BaseAnswers, collate
-from .top_k_kl import log_probs_of, top_k_kl
+from .top_k_kl import top_k_kl
 
 MODES = ("kl", "replay")
 _PLAIN_LOOP_BATCH = 4
@@ -159,8 +159,9 @@ class Anchor:
         logits = logits.flatten(0, 1)
         rows, tokens, log_probs, base = (part.to(logits.device) for part in answers)
         if self._one_sided:
-            following = batch["input_ids"].flatten().roll(-1).to(logits.device)[rows]
-            worse = log_probs_of(following, logits, rows) < base
+            with torch.no_grad():
+                nll = token_nll(logits, batch["input_ids"].flatten().roll(-1))[rows]
+            worse = -nll < base
             rows, tokens, log_probs = rows[worse], tokens[worse], log_probs[worse]
         return top_k_kl(logits, rows, tokens, log_probs)
 

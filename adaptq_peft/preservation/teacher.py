@@ -11,30 +11,27 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..evaluation.perplexity import check_decoder_only, token_logits
+from ..evaluation.perplexity import check_decoder_only, token_logits, token_nll
 from ..evaluation_mode import evaluation_mode
 from ..offloading import input_device
 from ..quantization import has_quantized
 from ..selection.calibration import Batch, calibration_batches
 from .original_model import adapters_disabled, check_base_is_kept, unwrapped
-from .top_k_kl import LOG_ZERO, log_probs_of, top_k_log_probs
+from .top_k_kl import LOG_ZERO, top_k_log_probs
 
 _FORMAT = "adaptq_base_answers_2"
-_TENSORS = ("input_ids", "tokens", "log_probs", "following_log_probs")
 
 
-@dataclass(frozen=True)
-class AnsweredText:
+class AnsweredText(NamedTuple):
     """A text and the base's answers to it.
 
     Attributes:
@@ -48,11 +45,6 @@ class AnsweredText:
     tokens: Tensor
     log_probs: Tensor
     following_log_probs: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All of them, in the order of the attributes."""
-        return self.input_ids, self.tokens, self.log_probs, self.following_log_probs
 
 
 class BaseAnswers(Sequence[AnsweredText]):
@@ -76,7 +68,7 @@ class BaseAnswers(Sequence[AnsweredText]):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.nbytes for text in self._texts for tensor in text.tensors)
+        return sum(tensor.nbytes for text in self._texts for tensor in text)
 
     @property
     def num_tokens(self) -> int:
@@ -131,10 +123,8 @@ class BaseAnswers(Sequence[AnsweredText]):
                 vocabulary = logits.shape[-1]
                 for row, row_logits in _unpadded(batch, logits):
                     answers = top_k_log_probs(row_logits, min(top_k, vocabulary))
-                    following = row[1:].to(logits.device)
-                    known = log_probs_of(following, row_logits, torch.arange(len(following), device=logits.device))
-                    known = nn.functional.pad(known, (0, 1), value=LOG_ZERO)
-                    found.append(_answered(row, *answers, known, _smallest_dtype(vocabulary)))
+                    following = nn.functional.pad(-token_nll(row_logits[:-1], row[1:]), (0, 1), value=LOG_ZERO)
+                    found.append(_answered(row, *answers, following, _smallest_dtype(vocabulary)))
         return cls(found, vocabulary)
 
     @classmethod
@@ -164,8 +154,8 @@ class BaseAnswers(Sequence[AnsweredText]):
     def save(self, path: str | PathLike[str]) -> None:
         """Write the answers to a safetensors file, so that the base need not be asked again."""
         lengths = [[text.input_ids.numel(), text.tokens.shape[0]] for text in self._texts]
-        parts = zip(*(text.tensors for text in self._texts), strict=True)
-        tensors = {name: torch.cat(part) for name, part in zip(_TENSORS, parts, strict=True)}
+        parts = zip(AnsweredText._fields, zip(*self._texts, strict=True), strict=True)
+        tensors = {name: torch.cat(part) for name, part in parts}
         tensors["lengths"] = torch.tensor(lengths, dtype=torch.int64)
         save_file(tensors, path, metadata={"format": _FORMAT, "vocabulary": str(self.vocabulary)})
 
@@ -184,7 +174,8 @@ class BaseAnswers(Sequence[AnsweredText]):
                     "BaseAnswers.save writes it"
                 )
             tokens, answers = file.get_tensor("lengths").T.tolist()
-            parts = [file.get_tensor(name).split(tokens if name == "input_ids" else answers) for name in _TENSORS]
+            sizes = {name: tokens if name == "input_ids" else answers for name in AnsweredText._fields}
+            parts = [file.get_tensor(name).split(lengths) for name, lengths in sizes.items()]
         texts = [AnsweredText(*[part.clone() for part in text]) for text in zip(*parts, strict=True)]
         return cls(texts, int(metadata["vocabulary"]))
 

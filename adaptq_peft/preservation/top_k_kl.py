@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import cross_entropy
 
 LOSS_ROWS = 256
 """Positions whose logits are in float32 at one time: 256 x 49k x 4 bytes = 50 MB."""
@@ -47,19 +46,6 @@ def _class_log_probs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     chosen = log_probs.gather(-1, tokens)
     others = log_probs.scatter_(-1, tokens, -torch.inf)
     return torch.cat([chosen, others.logsumexp(-1, keepdim=True)], -1).clamp(min=LOG_ZERO), others
-
-
-def log_probs_of(tokens: Tensor, logits: Tensor, rows: Tensor) -> Tensor:
-    """Natural log probabilities [n], float32, of one token [n], int64, at each of some positions; without gradient.
-
-    Args:
-        tokens: [n], int64.
-        logits: [all positions, vocabulary], any floating dtype; computed in float32, `LOSS_ROWS` positions at a time.
-        rows: [n], int64: the position of each token.
-    """
-    parts = zip(rows.split(LOSS_ROWS), tokens.split(LOSS_ROWS), strict=True)
-    with torch.no_grad():
-        return torch.cat([-cross_entropy(logits[part].float(), chosen, reduction="none") for part, chosen in parts])
 
 
 def top_k_kl(logits: Tensor, rows: Tensor, tokens: Tensor, log_probs: Tensor) -> Tensor:

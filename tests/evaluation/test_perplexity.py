@@ -200,3 +200,13 @@ def test_a_model_without_logits_for_each_token_is_refused():
 
     with pytest.raises(ValueError, match=r"Classifier returns logits of shape \[1, 2\]; needed is a causal language"):
         evaluate_perplexity(Classifier(), LetterTokenizer(), TEXTS[:1])
+
+
+@pytest.mark.parametrize("chunk", [2, 256], ids=["in chunks", "at once"])
+def test_nll_of_each_token(chunk, monkeypatch):
+    monkeypatch.setattr(perplexity, "LOSS_ROWS", chunk)
+    logits = torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(0)) * 3
+    tokens = torch.tensor([2, 19, 5])
+    expected = torch.stack([row.softmax(-1)[token].log() for row, token in zip(logits, tokens, strict=True)])
+    assert torch.allclose(-perplexity.token_nll(logits, tokens), expected, atol=1e-6)
+    assert perplexity.token_nll(logits[:0], tokens[:0]).shape == (0,)

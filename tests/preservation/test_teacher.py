@@ -19,7 +19,7 @@ def same(left, right):
     return len(left) == len(right) and all(
         torch.equal(first, second)
         for a, b in zip(left, right, strict=True)
-        for first, second in zip(a.tensors, b.tensors, strict=True)
+        for first, second in zip(a, b, strict=True)
     )
 
 

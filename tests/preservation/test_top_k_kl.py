@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adaptq_peft.preservation import top_k_kl as module
-from adaptq_peft.preservation.top_k_kl import LOG_ZERO, log_probs_of, top_k_kl, top_k_log_probs
+from adaptq_peft.preservation.top_k_kl import LOG_ZERO, top_k_kl, top_k_log_probs
 
 ROWS, VOCABULARY = 7, 20
 
@@ -52,13 +52,6 @@ def test_the_base_in_classes(base, chunk):
     assert torch.equal(tokens, p.topk(3).indices)
     assert torch.allclose(log_probs[:, :3].exp(), p.topk(3).values)
     assert torch.allclose(log_probs.exp().sum(-1), torch.ones(ROWS))
-
-
-def test_log_probs_of_one_token_a_position(base, chunk):
-    rows, tokens = torch.tensor([6, 0, 3]), torch.tensor([2, 19, 5])
-    expected = torch.stack([base[row].softmax(-1)[token].log() for row, token in zip(rows, tokens, strict=True)])
-    assert torch.allclose(log_probs_of(tokens, base, rows), expected, atol=1e-6)
-    assert log_probs_of(tokens[:0], base, rows[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize("k", [1, 5, VOCABULARY - 1])
