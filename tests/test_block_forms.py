@@ -57,6 +57,22 @@ def test_what_is_left_is_reported(llama):
     }
 
 
+@pytest.mark.parametrize("normalize", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_a_linear_whose_weight_is_computed_is_left_and_merging_loses_nothing(llama, normalize, quantization):
+    normalize(llama.model.layers[0].mlp.up_proj)
+    config = AdaptQConfig(layers_to_transform=[1], quantization=quantization, frozen_rank=4, init_weights=False)
+    model = get_peft_model(llama, config).eval()
+    assert model.base_model.quantization_report.left == {
+        "model.layers.0.mlp.up_proj": "its weight is computed from other parameters, as by weight normalization"
+    }
+    token_ids = torch.arange(16).unsqueeze(0)
+    expected = model(token_ids).logits
+    model.merge_adapter()
+    torch.testing.assert_close(model(token_ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_failure_in_the_middle_names_the_layer_and_touches_nothing(llama, monkeypatch):
     def fail_late(linear, settings):
         if linear is llama.model.layers[1].mlp.up_proj:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..direct_reads import weights_read_by
@@ -48,6 +49,8 @@ class LeaveReasons:
             return f"named in {_SKIP_LIST[self._settings.backend]}"
         if self._kept_in_float32.intersection(name.split(".")):
             return "transformers keeps it in float32, and reads its weight"
+        if isinstance(linear, (nn.Linear, Conv1D)) and "weight" not in dict(linear.named_parameters(recurse=False)):
+            return "its weight is computed from other parameters, as by weight normalization"
         if self._use_counts.get(id(linear.weight), 0) > 1:
             return "its weight is shared with another module"
         if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
