@@ -164,6 +164,8 @@ def _baselines() -> Iterator[Method]:
     yield Method("lora-64", "LoRA r=64 on all linears", _lora, wide)
     yield Method("lora-64-budget", "LoRA r=64 + budget", _lora, wide, finish="budget")
     yield from _also_with_budget(Method("lora-64-anchor", "LoRA r=64 + anchor", _lora, wide, anchor="general"))
+    title = "LoRA r=64 + one-sided anchor"
+    yield from _also_with_budget(Method("lora-64-one-sided", title, _lora, wide, anchor="one-sided"))
     yield Method("qlora", "QLoRA: all in NF4, LoRA", _quantized_lora, {"share": 1.0, **every})
     yield Method("quantize-lora", "half in NF4, then LoRA", _quantized_lora, {"share": 0.5, **every})
     yield Method("shira", "SHiRA, as many weights as LoRA", _shira, {"r": 8})
