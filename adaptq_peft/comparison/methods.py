@@ -54,8 +54,8 @@ class Method:
         options: keyword arguments of `build`, as JSON types.
         group: "main", "selection", "ratio", "scaling", "rank" or "precision": the table that it is in.
         anchor: "" (none), "general": KL to the base on general text, "one-sided": on that where the model predicts it
-            worse than its base, or "written": on text that the base writes, as where no general text is at hand: then
-            calibration has none either.
+            worse than its base, or "written" and "written-one-sided": the same on text that the base writes, as where
+            no general text is at hand: then calibration has none either.
         finish: what is done after training: "" (nothing), "budget" or "quantize".
         fixed_rate: learning rate of a fixed recipe; `None`: it is searched.
         rate_factor: what the rates that are searched are multiplied by. Full-rank weights take a quarter of what
@@ -108,7 +108,7 @@ class Method:
     @property
     def has_general_text(self) -> bool:
         """Whether it is given general text to prepare the model and to train."""
-        return self.anchor != "written"
+        return not self.anchor.startswith("written")
 
 
 def method_names() -> list[str]:
@@ -194,6 +194,8 @@ def _adaptq_main() -> Iterator[Method]:
     yield from _also_with_budget(Method(f"{name}-one-sided", one_sided, _adaptq, recipe, anchor="one-sided"))
     name, title = f"{name}-written", f"{title} without general text"
     yield from _also_with_budget(Method(name, title, _adaptq, recipe, anchor="written"))
+    title = f"{title}, the anchor one-sided"
+    yield from _also_with_budget(Method(f"{name}-one-sided", title, _adaptq, recipe, anchor="written-one-sided"))
 
 
 def _ablations() -> Iterator[Method]:

@@ -221,8 +221,8 @@ def _anchors(run: Run, measurements: Measurements) -> list[PreservationCallback]
     kind = run.method.anchor
     if not kind:
         return []
-    answers = measurements.answers_on_written if kind == "written" else measurements.answers_on_general
-    return [PreservationCallback(answers, seed=run.seed, one_sided=kind == "one-sided")]
+    answers = measurements.answers_on_general if run.method.has_general_text else measurements.answers_on_written
+    return [PreservationCallback(answers, seed=run.seed, one_sided=kind.endswith("one-sided"))]
 
 
 def _adapted_blocks(model: nn.Module) -> list[int] | None:

@@ -65,6 +65,7 @@ def test_each_main_method_trains_and_is_measured(name, trained):
         ("lora-one-sided-budget", True, {"answers": "on general", "one_sided": True}),
         ("adaptq-recipe-unanchored", True, None),
         ("adaptq-recipe-written", False, {"answers": "on written", "one_sided": False}),
+        ("adaptq-recipe-written-one-sided", False, {"answers": "on written", "one_sided": True}),
     ],
 )
 def test_the_general_text_and_anchor_of_a_method(name, has_general, anchor, load, windows, settings, monkeypatch):
