@@ -209,15 +209,19 @@ def _ablations() -> Iterator[Method]:
         title = f"ADAPT-Q, the recipe without anchor, delta_scaling {scaling:g}"
         yield Method(f"scaling-{scaling:g}", title, _adaptq, _recipe_options(delta_scaling=scaling), group="scaling")
     fifth = "ADAPT-Q, the recipe on a fifth of the blocks, corrections of rank 64"
-    for name, title, ratio, scaling in (
-        ("recipe-50-rank-64", "ADAPT-Q, the recipe, corrections of rank 64", 0.5, 0.125),
-        ("recipe-20-rank-64", fifth, 0.2, 0.125),
-        ("recipe-20-rank-64-scaling-0.25", f"{fifth}, delta_scaling 0.25", 0.2, 0.25),
-        ("recipe-20-rank-64-scaling-0.5", f"{fifth}, delta_scaling 0.5", 0.2, 0.5),
-        ("recipe-3-rank-64", "ADAPT-Q, the recipe on a thirtieth of the blocks, corrections of rank 64", 0.03, 0.125),
+    for name, title, ratio in (
+        ("recipe-50-rank-64", "ADAPT-Q, the recipe, corrections of rank 64", 0.5),
+        ("recipe-20-rank-64", fifth, 0.2),
+        ("recipe-3-rank-64", "ADAPT-Q, the recipe on a thirtieth of the blocks, corrections of rank 64", 0.03),
     ):
-        options = _recipe_options(selection_ratio=ratio, delta_scaling=scaling, frozen_rank=64)
+        options = _recipe_options(selection_ratio=ratio, frozen_rank=64)
         yield from _also_with_budget(Method(name, title, _adaptq, options, group="rank", anchor="general"))
+    for scaling in (0.25, 0.5):
+        options = _recipe_options(selection_ratio=0.2, delta_scaling=scaling, frozen_rank=64)
+        name, title = f"recipe-20-rank-64-scaling-{scaling:g}", f"{fifth}, delta_scaling {scaling:g}"
+        yield from _also_with_budget(Method(name, title, _adaptq, options, group="rank", anchor="general"))
+        name, title = f"{name}-one-sided", f"{title}, the anchor one-sided"
+        yield from _also_with_budget(Method(name, title, _adaptq, options, group="rank", anchor="one-sided"))
     for name in QUANTIZATION_NAMES:
         options = _adaptq_options(quantization=name)
         yield Method(f"frozen-{name}", f"ADAPT-Q-50, frozen in {name}", _adaptq, options, group="precision")
