@@ -216,9 +216,14 @@ def _ablations() -> Iterator[Method]:
     ):
         options = _recipe_options(selection_ratio=ratio, frozen_rank=64)
         yield from _also_with_budget(Method(name, title, _adaptq, options, group="rank", anchor="general"))
-    for scaling in (0.25, 0.5):
-        options = _recipe_options(selection_ratio=0.2, delta_scaling=scaling, frozen_rank=64)
-        name, title = f"recipe-20-rank-64-scaling-{scaling:g}", f"{fifth}, delta_scaling {scaling:g}"
+    int8: dict[str, Any] = {"quantization": "int8", "quantization_calibration": None}
+    for suffix, words, changes in (
+        ("scaling-0.25", "delta_scaling 0.25", {"delta_scaling": 0.25}),
+        ("scaling-0.5", "delta_scaling 0.5", {"delta_scaling": 0.5}),
+        ("int8", "delta_scaling 0.25, over int8", {"delta_scaling": 0.25, **int8}),
+    ):
+        options = _recipe_options(selection_ratio=0.2, frozen_rank=64, **changes)
+        name, title = f"recipe-20-rank-64-{suffix}", f"{fifth}, {words}"
         yield from _also_with_budget(Method(name, title, _adaptq, options, group="rank", anchor="general"))
         name, title = f"{name}-one-sided", f"{title}, the anchor one-sided"
         yield from _also_with_budget(Method(name, title, _adaptq, options, group="rank", anchor="one-sided"))
