@@ -47,7 +47,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="bfloat16")
 
     # What the base says is asked before its blocks are quantized.
-    anchor = PreservationCallback.from_base(model, general, tokenizer, max_length=options.max_length)
+    anchor = PreservationCallback.from_base(model, general, tokenizer, one_sided=True, max_length=options.max_length)
     reference = BaseReference.of(model, general_held_out, held_out, tokenizer=tokenizer)
 
     config = AdaptQConfig(
