@@ -190,11 +190,11 @@ def _adaptq_main() -> Iterator[Method]:
     name, title = "adaptq-recipe", "ADAPT-Q, the recipe"
     yield from _also_with_budget(Method(name, title, _adaptq, recipe, anchor="general"))
     yield from _also_with_budget(Method(f"{name}-unanchored", f"{title} without anchor", _adaptq, recipe))
-    one_sided = f"{title} with the anchor one-sided"
+    one_sided = f"{title}, one-sided anchor"
     yield from _also_with_budget(Method(f"{name}-one-sided", one_sided, _adaptq, recipe, anchor="one-sided"))
     name, title = f"{name}-written", f"{title} without general text"
     yield from _also_with_budget(Method(name, title, _adaptq, recipe, anchor="written"))
-    title = f"{title}, the anchor one-sided"
+    title = f"{title}, one-sided anchor"
     yield from _also_with_budget(Method(f"{name}-one-sided", title, _adaptq, recipe, anchor="written-one-sided"))
 
 
@@ -208,11 +208,11 @@ def _ablations() -> Iterator[Method]:
     for scaling in (0.0625, 0.125, 0.25, 0.5, 1.0):
         title = f"ADAPT-Q, the recipe without anchor, delta_scaling {scaling:g}"
         yield Method(f"scaling-{scaling:g}", title, _adaptq, _recipe_options(delta_scaling=scaling), group="scaling")
-    fifth = "ADAPT-Q, the recipe on a fifth of the blocks, corrections of rank 64"
+    fifth = "ADAPT-Q, the recipe on a fifth of the blocks, rank 64"
     for name, title, ratio in (
-        ("recipe-50-rank-64", "ADAPT-Q, the recipe, corrections of rank 64", 0.5),
+        ("recipe-50-rank-64", "ADAPT-Q, the recipe, rank 64", 0.5),
         ("recipe-20-rank-64", fifth, 0.2),
-        ("recipe-3-rank-64", "ADAPT-Q, the recipe on a thirtieth of the blocks, corrections of rank 64", 0.03),
+        ("recipe-3-rank-64", "ADAPT-Q, the recipe on a thirtieth of the blocks, rank 64", 0.03),
     ):
         options = _recipe_options(selection_ratio=ratio, frozen_rank=64)
         yield from _also_with_budget(Method(name, title, _adaptq, options, group="rank", anchor="general"))
@@ -225,7 +225,7 @@ def _ablations() -> Iterator[Method]:
         options = _recipe_options(selection_ratio=0.2, frozen_rank=64, **changes)
         name, title = f"recipe-20-rank-64-{suffix}", f"{fifth}, {words}"
         yield from _also_with_budget(Method(name, title, _adaptq, options, group="rank", anchor="general"))
-        name, title = f"{name}-one-sided", f"{title}, the anchor one-sided"
+        name, title = f"{name}-one-sided", f"{title}, one-sided anchor"
         yield from _also_with_budget(Method(name, title, _adaptq, options, group="rank", anchor="one-sided"))
     for name in QUANTIZATION_NAMES:
         options = _adaptq_options(quantization=name)

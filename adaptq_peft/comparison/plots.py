@@ -48,7 +48,7 @@ def plot_fronts(folder: Path, rows: Sequence[Row]) -> list[Path]:
             handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
         )
         written.append(folder / f"front_{group}.png")
-        figure.savefig(written[-1], dpi=130)
+        figure.savefig(written[-1], dpi=130, bbox_inches="tight")  # a long legend is wider
     return written
 
 

@@ -30,7 +30,15 @@ REFERENCES = {
     "selection": ("adaptq-50",),
     "ratio": ("adaptq-50",),
     "scaling": ("adaptq-recipe-unanchored",),
-    "rank": ("full", "lora-budget", "lora-64-budget", "adaptq-recipe", "adaptq-recipe-budget"),
+    "rank": (
+        "full",
+        "lora-budget",
+        "lora-64-budget",
+        "lora-64-one-sided-budget",
+        "adaptq-recipe",
+        "adaptq-recipe-budget",
+        "adaptq-recipe-one-sided-budget",
+    ),
     "precision": ("adaptq-50", "adaptq-default"),
 }
 
