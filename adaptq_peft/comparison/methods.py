@@ -193,9 +193,7 @@ def _adaptq_main() -> Iterator[Method]:
     one_sided = f"{title}, one-sided anchor"
     yield from _also_with_budget(Method(f"{name}-one-sided", one_sided, _adaptq, recipe, anchor="one-sided"))
     name, title = f"{name}-written", f"{title} without general text"
-    yield from _also_with_budget(Method(name, title, _adaptq, recipe, anchor="written"))
-    title = f"{title}, one-sided anchor"
-    yield from _also_with_budget(Method(f"{name}-one-sided", title, _adaptq, recipe, anchor="written-one-sided"))
+    yield from _also_one_sided(Method(name, title, _adaptq, recipe, anchor="written"))
 
 
 def _ablations() -> Iterator[Method]:
@@ -224,9 +222,7 @@ def _ablations() -> Iterator[Method]:
     ):
         options = _recipe_options(selection_ratio=0.2, frozen_rank=64, **changes)
         name, title = f"recipe-20-rank-64-{suffix}", f"{fifth}, {words}"
-        yield from _also_with_budget(Method(name, title, _adaptq, options, group="rank", anchor="general"))
-        name, title = f"{name}-one-sided", f"{title}, one-sided anchor"
-        yield from _also_with_budget(Method(name, title, _adaptq, options, group="rank", anchor="one-sided"))
+        yield from _also_one_sided(Method(name, title, _adaptq, options, group="rank", anchor="general"))
     for name in QUANTIZATION_NAMES:
         options = _adaptq_options(quantization=name)
         yield Method(f"frozen-{name}", f"ADAPT-Q-50, frozen in {name}", _adaptq, options, group="precision")
@@ -245,6 +241,14 @@ def _also_with_budget(method: Method) -> Iterator[Method]:
     """The method, and the same training held to a budget."""
     yield method
     yield replace(method, name=f"{method.name}-budget", title=f"{method.title} + budget", finish="budget")
+
+
+def _also_one_sided(method: Method) -> Iterator[Method]:
+    """The method with its anchor and with that one-sided, each also held to a budget."""
+    yield from _also_with_budget(method)
+    anchor = {"general": "one-sided", "written": "written-one-sided"}[method.anchor]
+    name, title = f"{method.name}-one-sided", f"{method.title}, one-sided anchor"
+    yield from _also_with_budget(replace(method, name=name, title=title, anchor=anchor))
 
 
 def _adaptq_options(**changes: Any) -> dict[str, Any]:
