@@ -4,7 +4,8 @@
     python scripts/benchmarks/paired_methods.py STUDY --pairs adaptq-recipe-budget@1.6e-3,lora-budget@1.6e-3
 
 The ratio of the perplexities of the first to the second, over the seeds that both have. Its 95% interval is the
-bootstrap-t of `fit_to_budget` from both sides, which resamples documents; seeds are the column after it.
+bootstrap-t of `fit_to_budget` from both sides, which resamples documents; seeds are the column after it. Studies
+of the same texts with seeds of their own, as those in another dtype, may be given together.
 """
 
 from __future__ import annotations
@@ -20,17 +21,25 @@ from adaptq_peft.preservation.bounds import rise_per_token, upper_bounds
 
 CONFIDENCE = 0.975  # of each side
 
-Records = dict[tuple[str, float, int], dict[str, Any]]
+Seed = tuple[int, str]
+Records = dict[tuple[str, float, Seed], dict[str, Any]]
 
 
-def read_records(study: Path, samples: int) -> Records:
-    """Test figures of the finished runs by (method, rate, seed); the study has one set of texts and settings."""
-    records = RunStore(study / "runs", identity={}).records()
-    return {(r["method"], r["rate"], r["seed"]): r["test"] for r in records if r["samples"] == samples and r["test"]}
+def read_records(studies: list[Path], samples: int) -> Records:
+    """Test figures of the finished runs by (method, rate, (seed, study)); all have the same texts.
+
+    The study is in the key so that no run in float32 is compared with one in bfloat16.
+    """
+    return {
+        (record["method"], record["rate"], (record["seed"], study.name)): record["test"]
+        for study in studies
+        for record in RunStore(study / "runs", identity={}).records()
+        if record["samples"] == samples and record["test"]
+    }
 
 
-def find_seeds(records: Records, sides: list[tuple[str, float]]) -> list[int]:
-    """Seeds that both sides of a pair have."""
+def find_seeds(records: Records, sides: list[tuple[str, float]]) -> list[Seed]:
+    """Seeds that both sides of a pair have, in one study."""
     common = set.intersection(*({key[2] for key in records if key[:2] == side} for side in sides))
     if not common:
         have = sorted({f"{method}@{rate:g}" for method, rate, _ in records})
@@ -38,7 +47,7 @@ def find_seeds(records: Records, sides: list[tuple[str, float]]) -> list[int]:
     return sorted(common)
 
 
-def differences(records: Records, sides: list[tuple[str, float]], text: str, seeds: list[int]) -> np.ndarray:
+def differences(records: Records, sides: list[tuple[str, float]], text: str, seeds: list[Seed]) -> np.ndarray:
     """Summed nats of the first minus those of the second: [seeds, documents]."""
     nll = [[records[(*side, seed)][text]["documents"]["adapted"] for seed in seeds] for side in sides]
     return np.array(nll[0]) - np.array(nll[1])
@@ -56,7 +65,7 @@ def compare(records: Records, names: list[str]) -> None:
         ratio, *ratios = np.exp([rise_per_token(nats, tokens) for nats in (mean, *each)])
         lower = np.exp(-upper_bounds(-mean[None], tokens, CONFIDENCE)[0])
         upper = np.exp(upper_bounds(mean[None], tokens, CONFIDENCE)[0])
-        by_seed = ", ".join(f"{seed}: {of_seed:.3f}" for seed, of_seed in zip(seeds, ratios, strict=True))
+        by_seed = ", ".join(f"{seed}: {of_seed:.3f}" for (seed, _), of_seed in zip(seeds, ratios, strict=True))
         print(
             f"| {' | '.join(names)} | {text} | {ratio:.3f} | {lower:.3f} to {upper:.3f} | {by_seed} | {len(tokens)} | "
             f"{(mean < 0).mean():.0%} |"
@@ -65,11 +74,11 @@ def compare(records: Records, names: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", type=Path, help="output folder of `adaptq compare`")
+    parser.add_argument("studies", nargs="+", type=Path, metavar="STUDY", help="output folder of `adaptq compare`")
     parser.add_argument("--pairs", nargs="+", required=True, help="METHOD@RATE,METHOD@RATE")
     parser.add_argument("--samples", type=int, default=500, help="N of the runs")
     arguments = parser.parse_args()
-    records = read_records(arguments.study, arguments.samples)
+    records = read_records(arguments.studies, arguments.samples)
     print("| first | second | text | ratio | 95% interval | by seed | documents | first is better in |")
     print("|---|---|---|---:|---|---|---:|---:|")
     for pair in arguments.pairs:
