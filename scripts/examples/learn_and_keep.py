@@ -1,10 +1,10 @@
-"""Learn a domain and keep what the model knew: the recipe of docs/study.md, from the model to a certified adapter.
+"""Learn a domain and keep what the model knew: README's recipe, from the model to a certified adapter.
 
     python scripts/examples/learn_and_keep.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data my_texts.txt \
         --general wikipedia.txt --budget 0.02
 
 Both are text files, a text a line. A tenth of `--data` is held out. Half of `--general` (32 lines or more) anchors
-the training; on the other half the budget is fitted and certified. Preparing takes minutes, to calibrate codes.
+the training; on the other half the budget is fitted and certified.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def main() -> None:
 
     config = AdaptQConfig(
         task_type="CAUSAL_LM",
-        quantization_calibration="auto",
-        delta_scaling=0.125,
+        selection_ratio=0.2,
+        frozen_rank=64,
+        quantization="int8",
         calibration_data=train,
-        general_calibration_data=general,
     )
     model = get_peft_model(model, config)
     model.print_trainable_parameters()

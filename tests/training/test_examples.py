@@ -24,10 +24,10 @@ def run(script, *options):
     return result.stdout
 
 
-def assert_trained(model_folder, adapter):
+def assert_trained(model_folder, adapter, adapted_blocks=2):
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype="bfloat16")
     loaded = PeftModel.from_pretrained(base, adapter)
-    assert len(loaded.peft_config["default"].layers_to_transform) == 2
+    assert len(loaded.peft_config["default"].layers_to_transform) == adapted_blocks
     deltas = [parameter for name, parameter in loaded.named_parameters() if ".adaptq_delta." in name]
     assert any(delta.any() for delta in deltas)
     assert all(torch.isfinite(delta).all() for delta in deltas)
@@ -59,9 +59,9 @@ def test_recipe_saves_an_adapter_that_holds_a_budget(model_folder, data, texts, 
     general.write_text("\n".join(text.replace("treaty", "harvest") for text in texts), encoding="utf-8")
     options = ("--model", model_folder, "--data", data, "--output", tmp_path / "adapter")
     shown = run("learn_and_keep.py", *options, "--general", general, "--budget", "0.5")
-    assert_trained(model_folder, tmp_path / "adapter")
+    assert_trained(model_folder, tmp_path / "adapter", adapted_blocks=1)
     config = AdaptQConfig.from_pretrained(tmp_path / "adapter")
-    assert (config.selection_strategy, config.quantization_calibration) == ("update", "auto")
+    assert (config.selection_strategy, config.quantization, config.frozen_rank) == ("update", "int8", 64)
     assert config.certificate["budget"] == 0.5
     assert "Budget +50.0%: held" in shown
 
