@@ -21,7 +21,7 @@ from adaptq_peft.preservation.bounds import rise_per_token, upper_bounds
 
 CONFIDENCE = 0.975  # of each side
 
-Seed = tuple[int, str]
+Seed = tuple[int, Path]
 Records = dict[tuple[str, float, Seed], dict[str, Any]]
 
 
@@ -31,7 +31,7 @@ def read_records(studies: list[Path], samples: int) -> Records:
     The study is in the key so that no run in float32 is compared with one in bfloat16.
     """
     return {
-        (record["method"], record["rate"], (record["seed"], study.name)): record["test"]
+        (record["method"], record["rate"], (record["seed"], study)): record["test"]
         for study in studies
         for record in RunStore(study / "runs", identity={}).records()
         if record["samples"] == samples and record["test"]
