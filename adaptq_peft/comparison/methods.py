@@ -186,12 +186,13 @@ def _adaptq_main() -> Iterator[Method]:
     name, title = "adaptq-50-mixed-anchor", "ADAPT-Q-50 mixed rank + anchor"
     yield from _also_with_budget(Method(name, title, _adaptq, mixed, anchor="general"))
     yield Method("adaptq-default", "ADAPT-Q, the defaults", _adaptq, _default_options())
-    recipe = _recipe_options()
-    name, title = "adaptq-recipe", "ADAPT-Q, the recipe"
-    yield from _also_with_budget(Method(name, title, _adaptq, recipe, anchor="general"))
+    recipe = _default_options(selection_ratio=0.2, frozen_rank=64, quantization="int8")
+    title = "ADAPT-Q, the recipe"
+    yield from _also_with_budget(Method("adaptq-recipe", title, _adaptq, recipe, anchor="one-sided"))
+    recipe = _recipe_4bit_options()
+    name, title = "adaptq-recipe-4bit", "ADAPT-Q, the 4-bit recipe"
+    yield from _also_one_sided(Method(name, title, _adaptq, recipe, anchor="general"))
     yield from _also_with_budget(Method(f"{name}-unanchored", f"{title} without anchor", _adaptq, recipe))
-    one_sided = f"{title}, one-sided anchor"
-    yield from _also_with_budget(Method(f"{name}-one-sided", one_sided, _adaptq, recipe, anchor="one-sided"))
     name, title = f"{name}-written", f"{title} without general text"
     yield from _also_one_sided(Method(name, title, _adaptq, recipe, anchor="written"))
 
@@ -204,24 +205,20 @@ def _ablations() -> Iterator[Method]:
         options = _adaptq_options(selection_ratio=percent / 100)
         yield Method(f"ratio-{percent}", f"ADAPT-Q, {percent}% of the blocks", _adaptq, options, group="ratio")
     for scaling in (0.0625, 0.125, 0.25, 0.5, 1.0):
-        title = f"ADAPT-Q, the recipe without anchor, delta_scaling {scaling:g}"
-        yield Method(f"scaling-{scaling:g}", title, _adaptq, _recipe_options(delta_scaling=scaling), group="scaling")
-    fifth = "ADAPT-Q, the recipe on a fifth of the blocks, rank 64"
+        options = _recipe_4bit_options(delta_scaling=scaling)
+        title = f"ADAPT-Q, the 4-bit recipe without anchor, delta_scaling {scaling:g}"
+        yield Method(f"scaling-{scaling:g}", title, _adaptq, options, group="scaling")
+    fifth = "ADAPT-Q, the 4-bit recipe on a fifth of the blocks, rank 64"
     for name, title, ratio in (
-        ("recipe-50-rank-64", "ADAPT-Q, the recipe, rank 64", 0.5),
+        ("recipe-50-rank-64", "ADAPT-Q, the 4-bit recipe, rank 64", 0.5),
         ("recipe-20-rank-64", fifth, 0.2),
-        ("recipe-3-rank-64", "ADAPT-Q, the recipe on a thirtieth of the blocks, rank 64", 0.03),
+        ("recipe-3-rank-64", "ADAPT-Q, the 4-bit recipe on a thirtieth of the blocks, rank 64", 0.03),
     ):
-        options = _recipe_options(selection_ratio=ratio, frozen_rank=64)
+        options = _recipe_4bit_options(selection_ratio=ratio, frozen_rank=64)
         yield from _also_with_budget(Method(name, title, _adaptq, options, group="rank", anchor="general"))
-    int8: dict[str, Any] = {"quantization": "int8", "quantization_calibration": None}
-    for suffix, words, changes in (
-        ("scaling-0.25", "delta_scaling 0.25", {"delta_scaling": 0.25}),
-        ("scaling-0.5", "delta_scaling 0.5", {"delta_scaling": 0.5}),
-        ("int8", "delta_scaling 0.25, over int8", {"delta_scaling": 0.25, **int8}),
-    ):
-        options = _recipe_options(selection_ratio=0.2, frozen_rank=64, **changes)
-        name, title = f"recipe-20-rank-64-{suffix}", f"{fifth}, {words}"
+    for scaling in (0.25, 0.5):
+        options = _recipe_4bit_options(selection_ratio=0.2, frozen_rank=64, delta_scaling=scaling)
+        name, title = f"recipe-20-rank-64-scaling-{scaling:g}", f"{fifth}, delta_scaling {scaling:g}"
         yield from _also_one_sided(Method(name, title, _adaptq, options, group="rank", anchor="general"))
     for name in QUANTIZATION_NAMES:
         options = _adaptq_options(quantization=name)
@@ -232,8 +229,8 @@ def _ablations() -> Iterator[Method]:
     yield Method("default-int8", "ADAPT-Q, the defaults over int8", _adaptq, options, group="precision")
     options = _default_options(quantization_calibration="auto")
     yield Method("default-calibrated", "ADAPT-Q, the defaults, calibrated", _adaptq, options, group="precision")
-    title = "ADAPT-Q, the recipe without anchor, frozen in 16 bits"
-    options = _recipe_options(quantization="none", quantization_calibration=None)
+    title = "ADAPT-Q, the 4-bit recipe without anchor, frozen in 16 bits"
+    options = _recipe_4bit_options(quantization="none", quantization_calibration=None)
     yield from _also_with_budget(Method("frozen-none-recipe", title, _adaptq, options, group="precision"))
 
 
@@ -273,7 +270,7 @@ def _default_options(**changes: Any) -> dict[str, Any]:
     return _adaptq_options(**{"selection_strategy": "update", "frozen_rank": 8, **changes})
 
 
-def _recipe_options(**changes: Any) -> dict[str, Any]:
+def _recipe_4bit_options(**changes: Any) -> dict[str, Any]:
     """Half of the blocks by "update", the others calibrated and with low-rank corrections, with changes."""
     recipe = {
         "selection_strategy": "update",

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .tables import GROUP_TITLES, Row, rows_of
+from .tables import GROUPS, Row, rows_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,9 +31,9 @@ def plot_fronts(folder: Path, rows: Sequence[Row]) -> list[Path]:
     from matplotlib.figure import Figure
 
     sizes, written = sorted({row.samples for row in rows} - {0}), []
-    for group, title in GROUP_TITLES.items():
-        panels = [(size, [row for row in rows_of(rows, group, size) if row.samples]) for size in sizes]
-        panels = [(size, chosen) for size, chosen in panels if any(row.group == group for row in chosen)]
+    for name, group in GROUPS.items():
+        panels = [(size, [row for row in rows_of(rows, name, size) if row.samples]) for size in sizes]
+        panels = [(size, chosen) for size, chosen in panels if any(row.group == name for row in chosen)]
         if not panels:
             continue
         figure = Figure(figsize=(1 + 6 * len(panels), 7), layout="constrained")
@@ -41,13 +41,13 @@ def plot_fronts(folder: Path, rows: Sequence[Row]) -> list[Path]:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         styles = _styles([row.method for _, chosen in panels for row in chosen])
         for one, (size, chosen) in zip(axes, panels, strict=True):
-            _draw(one, f"{title}, N = {size:,}", chosen, styles)
+            _draw(one, f"{group.title}, N = {size:,}", chosen, styles)
         handles = {label: h for one in axes for h, label in zip(*one.get_legend_handles_labels(), strict=True)}
         columns = len(panels) * (1 if max(map(len, handles)) > LONG_TITLE else 2)
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
         )
-        written.append(folder / f"front_{group}.png")
+        written.append(folder / f"front_{name}.png")
         figure.savefig(written[-1], dpi=130, bbox_inches="tight")  # a long legend is wider
     return written
 

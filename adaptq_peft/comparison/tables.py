@@ -16,30 +16,37 @@ from .methods import Method, resolve_methods
 from .price import Estimate
 from .records import Record, Run, RunStore, choose_rate
 
-GROUP_TITLES = {
-    "main": "Methods",
-    "selection": "Which blocks",
-    "ratio": "How many blocks",
-    "scaling": "How far a step moves the deltas",
-    "rank": "Rank of the corrections",
-    "precision": "Precision of the frozen blocks",
-}
-#: Methods of the main group that are repeated in the tables of ablations: what they vary, or are to be compared with.
-REFERENCES = {
-    "main": (),
-    "selection": ("adaptq-50",),
-    "ratio": ("adaptq-50",),
-    "scaling": ("adaptq-recipe-unanchored",),
-    "rank": (
-        "full",
-        "lora-budget",
-        "lora-64-budget",
-        "lora-64-one-sided-budget",
-        "adaptq-recipe",
-        "adaptq-recipe-budget",
-        "adaptq-recipe-one-sided-budget",
+
+class Group(NamedTuple):
+    """Methods that share a table.
+
+    Args:
+        title: of the table.
+        references: methods of the main group that an ablation's table repeats: what it varies, or is compared with.
+    """
+
+    title: str
+    references: tuple[str, ...] = ()
+
+
+GROUPS = {
+    "main": Group("Methods"),
+    "selection": Group("Which blocks", ("adaptq-50",)),
+    "ratio": Group("How many blocks", ("adaptq-50",)),
+    "scaling": Group("How far a step moves the deltas", ("adaptq-recipe-4bit-unanchored",)),
+    "rank": Group(
+        "Rank of the corrections",
+        (
+            "full",
+            "lora-budget",
+            "lora-64-budget",
+            "lora-64-one-sided-budget",
+            "adaptq-recipe-budget",
+            "adaptq-recipe-4bit-budget",
+            "adaptq-recipe-4bit-one-sided-budget",
+        ),
     ),
-    "precision": ("adaptq-50", "adaptq-default"),
+    "precision": Group("Precision of the frozen blocks", ("adaptq-50", "adaptq-default")),
 }
 
 
@@ -161,17 +168,17 @@ def markdown(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
     """All tables, with what they were measured on."""
     parts = ["# Comparison\n", _about(about)]
     for samples in sorted({row.samples for row in rows} - {0}):
-        for group, title in GROUP_TITLES.items():
-            chosen = rows_of(rows, group, samples)
-            if any(row.group == group and row.samples for row in chosen):
-                parts += [f"## {title}, N = {samples:,}\n", _table(chosen), _search_table(chosen)]
+        for name, group in GROUPS.items():
+            chosen = rows_of(rows, name, samples)
+            if any(row.group == name and row.samples for row in chosen):
+                parts += [f"## {group.title}, N = {samples:,}\n", _table(chosen), _search_table(chosen)]
     return "\n".join(parts)
 
 
 def rows_of(rows: Sequence[Row], group: str, samples: int) -> list[Row]:
-    """The rows of one table: those of the group and size, and for ablations the methods in `REFERENCES`."""
+    """The rows of one table: those of the group and size, and for ablations the group's references."""
     wanted = [row for row in rows if row.samples in (0, samples)]
-    return [row for row in wanted if row.group == group or row.method in REFERENCES[group]]
+    return [row for row in wanted if row.group == group or row.method in GROUPS[group].references]
 
 
 def show_estimate(console: Console, found: Estimate) -> None:

@@ -43,7 +43,7 @@ def trained(load, windows, measurements, settings, untrained):
 
 
 # The model writes text for those without general text, which takes seconds: one of them is enough.
-@pytest.mark.parametrize("name", [name for name in MAIN if name != "adaptq-recipe-written"])
+@pytest.mark.parametrize("name", [name for name in MAIN if name != "adaptq-recipe-4bit-written"])
 def test_each_main_method_trains_and_is_measured(name, trained):
     record = trained(run_of(name))
     assert record["failure"] is None
@@ -60,12 +60,12 @@ def test_each_main_method_trains_and_is_measured(name, trained):
 @pytest.mark.parametrize(
     ("name", "has_general", "anchor"),
     [
-        ("adaptq-recipe", True, {"answers": "on general", "one_sided": False}),
-        ("adaptq-recipe-one-sided", True, {"answers": "on general", "one_sided": True}),
+        ("adaptq-recipe", True, {"answers": "on general", "one_sided": True}),
+        ("adaptq-recipe-4bit", True, {"answers": "on general", "one_sided": False}),
         ("lora-one-sided-budget", True, {"answers": "on general", "one_sided": True}),
-        ("adaptq-recipe-unanchored", True, None),
-        ("adaptq-recipe-written", False, {"answers": "on written", "one_sided": False}),
-        ("adaptq-recipe-written-one-sided", False, {"answers": "on written", "one_sided": True}),
+        ("adaptq-recipe-4bit-unanchored", True, None),
+        ("adaptq-recipe-4bit-written", False, {"answers": "on written", "one_sided": False}),
+        ("adaptq-recipe-4bit-written-one-sided", False, {"answers": "on written", "one_sided": True}),
     ],
 )
 def test_the_general_text_and_anchor_of_a_method(name, has_general, anchor, load, windows, settings, monkeypatch):
@@ -184,7 +184,7 @@ def test_methods_that_are_the_same_share_their_training():
     trainings = {name: resolve_methods([name])[0].training for name in method_names()}
     same = ("adaptq-50", "select-activation", "ratio-50", "frozen-nf4")
     assert len({trainings[name] for name in same}) == 1
-    assert trainings["scaling-0.125"] == trainings["adaptq-recipe-unanchored"] != trainings["scaling-0.25"]
+    assert trainings["scaling-0.125"] == trainings["adaptq-recipe-4bit-unanchored"] != trainings["scaling-0.25"]
     assert trainings["lora"] == trainings["lora-quantize"]
     assert trainings["lora"] != trainings["lora-qv"]
 

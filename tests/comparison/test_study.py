@@ -150,7 +150,7 @@ def test_another_call_adds_to_the_tables(fake, study, tmp_path):
 
 
 def test_ablations_are_beside_what_they_vary_in_table_and_figure(fake, study, tmp_path, monkeypatch):
-    names = ("lora-64-budget", "adaptq-recipe-budget", "recipe-20-rank-64-scaling-0.25-budget")
+    names = ("lora-64-budget", "adaptq-recipe-4bit-budget", "recipe-20-rank-64-scaling-0.25-budget")
     titles = [method.title for method in resolve_methods(names)]
     rows = study(methods=(*names, "shira"))
     text = (tmp_path / "results.md").read_text()

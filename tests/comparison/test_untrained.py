@@ -64,7 +64,9 @@ def test_other_samples_seeds_and_options_are_prepared_anew(other, train, builds)
 def test_methods_without_general_text_start_from_another_model():
     recipe, unanchored, written = (
         Run(method, 8, 1e-3, seed=0).untrained
-        for method in resolve_methods(["adaptq-recipe", "adaptq-recipe-unanchored", "adaptq-recipe-written"])
+        for method in resolve_methods(
+            ["adaptq-recipe-4bit", "adaptq-recipe-4bit-unanchored", "adaptq-recipe-4bit-written"]
+        )
     )
     assert recipe == unanchored != written
 
