@@ -271,14 +271,8 @@ def _default_options(**changes: Any) -> dict[str, Any]:
 
 
 def _recipe_4bit_options(**changes: Any) -> dict[str, Any]:
-    """Half of the blocks by "update", the others calibrated and with low-rank corrections, with changes."""
-    recipe = {
-        "selection_strategy": "update",
-        "quantization_calibration": "auto",
-        "delta_scaling": 0.125,
-        "frozen_rank": 8,
-    }
-    return _adaptq_options(**{**recipe, **changes})
+    """As `_default_options`, with calibrated codes and deltas that move half as far a step."""
+    return _default_options(**{"quantization_calibration": "auto", "delta_scaling": 0.125, **changes})
 
 
 def _base(base: PreTrainedModel, inputs: Inputs) -> nn.Module:

@@ -209,7 +209,7 @@ def _row(method: Method, samples: int, rate: float, found: list[Record], search:
         rate=rate,
         at_edge=len(tried) > 1 and rate in (min(tried), max(tried)),
         num_seeds=len(found),
-        figures=_figures(done),
+        figures=figures_of(done),
         upper_bound=max(bounds) if bounds and None not in bounds else None,
         memory=search[0]["memory"],
         feasible=sum(feasible) if feasible else None,
@@ -233,7 +233,8 @@ _FIGURES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _figures(records: list[Record]) -> dict[str, Spread]:
+def figures_of(records: list[Record]) -> dict[str, Spread]:
+    """The figures of a row over runs that differ in the seed, none of which failed; empty without runs."""
     if not records:
         return {}
     values: dict[str, list[float]] = {name: [_at(r["test"], path) for r in records] for name, path in _FIGURES.items()}

@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from adaptq_peft.comparison.methods import method_names
 from adaptq_peft.comparison.records import Record, RunStore
-from adaptq_peft.comparison.tables import Spread
+from adaptq_peft.comparison.tables import Spread, figures_of
 from adaptq_peft.preservation.bounds import rise_per_token, upper_bounds
 
 CONFIDENCE = 0.975  # of each side
@@ -46,25 +45,20 @@ def read_cells(study: Path) -> Cells:
 def row(cell: Cell, by_seed: dict[Seed, Record]) -> str:
     """A line of the table of all rates."""
     records = list(by_seed.values())
-
-    def spread(*path: str) -> Spread:
-        return Spread.of([_at(record, path) for record in records])
-
-    changes = [spread("test", *path) for path in (("domain", "change"), ("general", "degradation"))]
-    parts = [spread("test", "general", name).mean for name in ("quantization", "training")]
-    memory = records[0]["memory"]
+    figures, memory = figures_of(records), records[0]["memory"]
+    quantization = figures["quantization"].mean
     cells = [
         f"`{cell[1]}`",
         f"{cell[2]:g}",
-        spread("validation", "domain").number(),
-        spread("test", "domain", "adapted").number(),
-        changes[0].percent(),
-        spread("test", "general", "adapted").number(),
-        changes[1].percent(),
-        f"{parts[0]:+.1%}" if parts[0] else "",
-        f"{parts[1]:+.1%}",
+        Spread.of([record["validation"]["domain"] for record in records]).number(),
+        figures["domain"].number(),
+        figures["domain_change"].percent(),
+        figures["general"].number(),
+        figures["degradation"].percent(),
+        f"{quantization:+.1%}" if quantization else "",
+        f"{figures['training'].mean:+.1%}",
         f"{max(record['test']['general']['upper_bound'] for record in records):+.1%}",
-        f"{spread('test', 'domain_kl').mean:.3f}",
+        f"{figures['domain_kl'].mean:.3f}",
         f"{memory['trained_parameters'] / 1e6:.1f}M",
         f"{memory['total'] / 2**20:,.0f} MiB",
         ", ".join(map(_seed, by_seed)),
@@ -146,12 +140,6 @@ Ratios of perplexities, below 1 the first is better; the interval resamples docu
 
 | first | second | text | ratio | 95% interval | by seed | first is better in | seeds |
 |---|---|---|---:|---|---|---:|---|"""
-
-
-def _at(tree: Any, path: tuple[str, ...]) -> float:
-    for name in path:
-        tree = tree[name]
-    return float(tree)
 
 
 def _seed(seed: Seed) -> str:
