@@ -187,8 +187,9 @@ def _adaptq_main() -> Iterator[Method]:
     yield from _also_with_budget(Method(name, title, _adaptq, mixed, anchor="general"))
     yield Method("adaptq-default", "ADAPT-Q, the defaults", _adaptq, _default_options())
     recipe = _default_options(selection_ratio=0.2, frozen_rank=64, quantization="int8")
-    title = "ADAPT-Q, the recipe"
-    yield from _also_with_budget(Method("adaptq-recipe", title, _adaptq, recipe, anchor="one-sided"))
+    name, title = "adaptq-recipe", "ADAPT-Q, the recipe"
+    yield from _also_with_budget(Method(name, title, _adaptq, recipe, anchor="one-sided"))
+    yield from _also_with_budget(Method(f"{name}-unanchored", f"{title} without anchor", _adaptq, recipe))
     recipe = _recipe_4bit_options()
     name, title = "adaptq-recipe-4bit", "ADAPT-Q, the 4-bit recipe"
     yield from _also_one_sided(Method(name, title, _adaptq, recipe, anchor="general"))
