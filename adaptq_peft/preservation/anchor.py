@@ -77,6 +77,11 @@ class Anchor:
         top_k: int = 64,
         seed: int = 0,
     ) -> None:
+        if isinstance(general_texts, BaseAnswers) and general_texts.kind != mode:
+            raise ValueError(
+                f"The anchor can't be set up: mode={mode!r}, and the BaseAnswers hold {general_texts.kind!r}: "
+                'BaseAnswers.of makes those for mode="kl", BaseAnswers.replay those for mode="replay".'
+            )
         numbers = {"batch_size": batch_size, "samples": samples, "max_length": max_length, "top_k": top_k}
         _check(mode, weight, target_kl, one_sided, numbers)
         self.answers: BaseAnswers | None = general_texts if isinstance(general_texts, BaseAnswers) else None
@@ -91,7 +96,7 @@ class Anchor:
         self._target = target_kl
         self._one_sided = one_sided
         self._position = 0
-        self._sums: list[Tensor] = []
+        self._sum, self._steps = torch.zeros(()), 0  # of the losses since `pop_metrics`
 
     @classmethod
     def from_base(cls: type[_Self], model: nn.Module, *args: Any, **settings: Any) -> _Self:
@@ -181,19 +186,20 @@ class Anchor:
         return int(torch.randperm(count, generator=order)[place % count])
 
     def _record(self, kl: Tensor) -> None:
+        _, processes = _process()
+        if processes > 1:
+            torch.distributed.all_reduce(kl)
+            kl = kl / processes
         if self._target is not None:
-            if torch.distributed.is_initialized():
-                torch.distributed.all_reduce(kl)
-                kl = kl / torch.distributed.get_world_size()
             self._weight.update(kl.item())
-        self._sums.append(kl)
+        self._sum, self._steps = self._sum.to(kl.device) + kl, self._steps + 1
 
     def pop_metrics(self) -> dict[str, float]:
         """Mean over the steps since the last call: "anchor_kl" or "anchor_loss", nats a token, and "anchor_weight"."""
-        if not self._sums:
+        if not self._steps:
             return {}
-        mean = torch.stack(self._sums).mean().item()
-        self._sums = []
+        mean = self._sum.item() / self._steps
+        self._sum, self._steps = torch.zeros(()), 0
         return {"anchor_kl" if self.mode == "kl" else "anchor_loss": mean, "anchor_weight": self.weight}
 
     def state_dict(self) -> dict[str, Any]:

@@ -39,11 +39,13 @@ class PreservationCallback(Anchor, TrainerCallback):
     ) -> None:
         """Prepare, and go on where a checkpoint left off."""
         _check_supported(args)
-        if self.answers is None and state.global_step > 0 and not has_adapter(kwargs["model"]):
+        needs_base = self.mode == "kl" or self._general_texts is None
+        if self.answers is None and needs_base and state.global_step > 0 and not has_adapter(kwargs["model"]):
             raise ValueError(
                 f"training goes on from step {state.global_step} of a model without an adapter: its base is gone. "
                 "Make the anchor with PreservationCallback.from_base(model, ...), with the model as it was loaded"
             )
+        self.pop_metrics()  # of steps that a run before did not log
         self.prepare(kwargs["model"], kwargs.get("processing_class"))
         if self.batch_size in (None, self._share):
             self.batch_size = self._share = _share_of_domain(args)
@@ -57,8 +59,11 @@ class PreservationCallback(Anchor, TrainerCallback):
     ) -> None:
         """Put the gradient of the anchor's loss where the domain's will be added."""
         model: nn.Module = kwargs["model"]
-        scaler = getattr(kwargs.get("optimizer"), "scaler", None)  # accelerate's wrapper has the one of fp16
+        optimizer = kwargs.get("optimizer")
+        scaler = getattr(optimizer, "scaler", None)  # accelerate's wrapper has the one of fp16
         model.train()
+        if callable(getattr(optimizer, "train", None)):  # schedule-free ones hold other weights for evaluation
+            optimizer.train()  # type: ignore[union-attr]
         for loss in self.losses(model, state.train_batch_size or args.per_device_train_batch_size):
             (loss if scaler is None else scaler.scale(loss)).backward()
 

@@ -59,7 +59,9 @@ def fit_to_budget(
     Args:
         model: a `PeftModel` with one active adapter, of ADAPTQ, LoRA, AdaLoRA, SHiRA, LoHa, LoKr or RandLoRA. DoRA is
             refused: its weight is not linear in anything that is trained.
-        general: general documents, 16 or more, better 64; half of them choose, half certify.
+        general: general documents, 16 or more, better 64; half of them choose, half certify. The certificate holds if
+            they had no part in the training: they are not the anchor's texts, nor those that stopped training or chose
+            a checkpoint.
         domain: domain documents that were not trained on.
         budget: allowed degradation: 0.05 allows 5% more perplexity on general text than the 16-bit base has.
         confidence: of the upper bound that must be within the budget. Default 0.95.

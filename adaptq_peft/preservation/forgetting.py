@@ -23,7 +23,7 @@ from .documents import (
     measure_documents,
     tokenize_documents,
 )
-from .original_model import adapters_disabled, has_adapter, original_model, unwrapped
+from .original_model import adapters_disabled, changes_base, has_adapter, original_model, unwrapped
 from .report import ForgettingReport, TextComparison
 
 
@@ -189,8 +189,11 @@ def compare(model: nn.Module, reference: BaseReference) -> tuple[TextComparison,
 
 
 def measure_quantized(model: nn.Module, documents: Documents, base: DocumentLosses, batch_size: int) -> DocumentLosses:
-    """Losses of the base as it was quantized; `base` itself if nothing is quantized."""
-    if not has_quantized(model):
+    """Losses of the base as it was quantized.
+
+    `base` itself if nothing is quantized, or if the adapter changed the base's weights: then there is none left.
+    """
+    if not has_quantized(model) or changes_base(model):
         return base
     with adapters_disabled(model):
         return measure_documents(model, documents, batch_size=batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -40,9 +41,10 @@ class ForgettingCallback(TrainerCallback):
 
     Args:
         trainer: the trainer that it is added to.
-        reference: what the 16-bit base predicts, made before `get_peft_model`.
-        budget: training stops where the degradation is above this fraction. Where quantization alone has spent it,
-            training stops where it makes that worse. `None` (default): never.
+        reference: what the 16-bit base predicts, made before `get_peft_model`. `fit_to_budget` needs other general
+            documents than those by which training is stopped or a checkpoint chosen.
+        budget: training stops where the degradation is above this fraction, or is not a number. Where quantization
+            alone has spent it, training stops where it makes that worse. `None` (default): never.
         confidence: of the logged upper bound. Default 0.95.
 
     Raises:
@@ -59,7 +61,8 @@ class ForgettingCallback(TrainerCallback):
         self._confidence = confidence
         self._quantized: DocumentLosses | None = None
         self._is_training = False
-        self._logged: dict[str, float] | None = None  # at this step of training
+        self._logged: dict[str, float] | None = None  # at this step of training,
+        self._sets: set[frozenset[str]] = set()  # for these evaluation sets, told apart by their metrics
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -113,9 +116,11 @@ class ForgettingCallback(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._logged is not None:  # several evaluation sets: one event for each
-            if metrics is not None:
-                metrics.update(self._logged)
+        evaluated = frozenset(metrics or ())
+        # Several evaluation sets: one event for each. One that comes again is another evaluation.
+        if self._logged is not None and metrics is not None and evaluated not in self._sets:
+            self._sets.add(evaluated)
+            metrics.update(self._logged)
             return
         model = unwrapped(self._trainer.model)  # type: ignore[arg-type]
         general = self._measure_general(model)
@@ -125,12 +130,19 @@ class ForgettingCallback(TrainerCallback):
             "eval_general_upper_bound": general.upper_bound(self._confidence),
             **self._measure_domain(model),
         }
-        self._logged = logs if self._is_training else None
+        self._logged, self._sets = logs if self._is_training else None, {evaluated}
         if metrics is not None:
             metrics.update(logs)
         self._trainer.log(dict(logs))  # TRL's trainers add to it
-        if self._budget is not None and general.degradation > max(self._budget, general.quantization):
-            control.should_training_stop = True
+        if self._budget is None or general.degradation <= max(self._budget, general.quantization):
+            return
+        control.should_training_stop = True
+        if math.isnan(general.degradation):
+            warnings.warn(
+                f"the loss on general text is not a number after step {state.global_step}: the training has diverged "
+                "and is stopped; lower the learning rate",
+                stacklevel=2,
+            )
 
     def _measure_general(self, model: nn.Module) -> TextComparison:
         documents, base, size = self._reference.general, self._reference.general_losses, self._reference.batch_size

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -19,7 +19,7 @@ from ..quantization import OriginalWeights, is_quantized, named_checkpoint
 
 #: Modules with a switch for their adapters.
 _SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-#: Ways of PEFT to start LoRA that subtract its product from the base's weights, or replace them.
+#: Ways of PEFT to start LoRA that subtract its product from the base's weights, or replace them; in any capitals.
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -70,15 +70,33 @@ def _layers_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def check_base_is_kept(model: nn.Module) -> None:
-    """Raise ValueError if making an adapter changed the base's weights, as PiSSA does."""
+    """Raise ValueError if an adapter changes the base's own weights: as it starts (PiSSA) or in training (`bias`)."""
     for name, config in getattr(model, "peft_config", {}).items():
-        how = getattr(config, "init_lora_weights", None)
-        if isinstance(how, str) and how.startswith(_CHANGE_THE_BASE):
+        how = _change_of_the_base(model, config)
+        if how is not None:
             raise ValueError(
-                f"adapter {name!r} was made with init_lora_weights={how!r}, which changes the base's weights, so this "
-                "model without its adapter is not its base; ask the base before get_peft_model: BaseReference.of("
-                "model, ...) or PreservationCallback.from_base(model, ...)"
+                f"adapter {name!r} was made with {how}, which changes the base's weights, so this model without its "
+                "adapter is not its base; ask the base before get_peft_model: BaseReference.of(model, ...) or "
+                "PreservationCallback.from_base(model, ...)"
             )
+
+
+def changes_base(model: nn.Module) -> bool:
+    """Whether `check_base_is_kept` would raise."""
+    configs = getattr(model, "peft_config", {}).values()
+    return any(_change_of_the_base(model, config) is not None for config in configs)
+
+
+def _change_of_the_base(model: nn.Module, config: PeftConfig) -> str | None:
+    """The argument by which an adapter changes the weights of its base, if one does."""
+    start, bias = getattr(config, "init_lora_weights", None), getattr(config, "bias", "none")
+    if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
+        return f"init_lora_weights={start!r}"
+    if getattr(config, "kasa_config", None) is not None:
+        return "kasa_config"
+    if isinstance(bias, str) and bias != "none" and any(n.endswith(".bias") for n, _ in model.named_parameters()):
+        return f"bias={bias!r}"
+    return None
 
 
 @contextmanager

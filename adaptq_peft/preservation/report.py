@@ -26,7 +26,8 @@ class TextComparison:
 
     Attributes:
         base: the 16-bit original.
-        quantized: the base with its frozen blocks quantized, adapters off. Equals `base` where nothing is quantized.
+        quantized: the base with its frozen blocks quantized, adapters off. Equals `base` where nothing is quantized,
+            and where the adapter changed the base's weights: then all of the rise is training's.
         adapted: with the adapter.
     """
 

@@ -53,11 +53,13 @@ class BaseAnswers(Sequence[AnsweredText]):
     Args:
         texts: the texts with their answers.
         vocabulary: number of tokens that the base chooses among.
+        kind: "kl" (default): what a base answered. "replay": the texts themselves as answers.
     """
 
-    def __init__(self, texts: Sequence[AnsweredText], vocabulary: int) -> None:
+    def __init__(self, texts: Sequence[AnsweredText], vocabulary: int, kind: str = "kl") -> None:
         self._texts = list(texts)
         self.vocabulary = vocabulary
+        self.kind = kind
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -149,7 +151,7 @@ class BaseAnswers(Sequence[AnsweredText]):
                     following = row[1:, None]
                     certain = torch.tensor([0.0, LOG_ZERO]).expand(len(following), 2)
                     found.append(_answered(row, following, certain, torch.zeros(len(following)), torch.int32))
-        return cls(found, 1 + max((int(text.input_ids.max()) for text in found), default=0))
+        return cls(found, 1 + max((int(text.input_ids.max()) for text in found), default=0), kind="replay")
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the answers to a safetensors file, so that the base need not be asked again."""
@@ -157,7 +159,8 @@ class BaseAnswers(Sequence[AnsweredText]):
         parts = zip(AnsweredText._fields, zip(*self._texts, strict=True), strict=True)
         tensors = {name: torch.cat(part) for name, part in parts}
         tensors["lengths"] = torch.tensor(lengths, dtype=torch.int64)
-        save_file(tensors, path, metadata={"format": _FORMAT, "vocabulary": str(self.vocabulary)})
+        metadata = {"format": _FORMAT, "vocabulary": str(self.vocabulary), "kind": self.kind}
+        save_file(tensors, path, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> BaseAnswers:
@@ -177,7 +180,7 @@ class BaseAnswers(Sequence[AnsweredText]):
             sizes = {name: tokens if name == "input_ids" else answers for name in AnsweredText._fields}
             parts = [file.get_tensor(name).split(lengths) for name, lengths in sizes.items()]
         texts = [AnsweredText(*[part.clone() for part in text]) for text in zip(*parts, strict=True)]
-        return cls(texts, int(metadata["vocabulary"]))
+        return cls(texts, int(metadata["vocabulary"]), metadata.get("kind", "kl"))  # files of old have no kind
 
 
 def collate(texts: Sequence[AnsweredText], device: torch.device) -> tuple[Batch, Tensor, Tensor, Tensor, Tensor]:
@@ -226,7 +229,7 @@ def _read(
         if "input_ids" not in batch:
             raise ValueError(f"The general texts of the anchor have {sorted(batch)}, and no 'input_ids'.")
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-        rows = [ids[kept] for ids, kept in zip(batch["input_ids"], mask, strict=True) if kept.sum() > 1]
+        rows = [ids[kept][:max_length] for ids, kept in zip(batch["input_ids"], mask, strict=True) if kept.sum() > 1]
         if rows:  # padded on the right, as in training: on the left absolute positions would be others
             yield _padded(rows)
 

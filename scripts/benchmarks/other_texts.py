@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,7 +21,6 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adaptq_peft.comparison.records import recorded_dtype
 from adaptq_peft.comparison.tables import Spread
 from adaptq_peft.comparison.texts import cut_documents, demo_study_texts, read_documents
 from adaptq_peft.preservation import BaseReference, measure_forgetting
@@ -43,23 +43,25 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="the base: 'smollm2' is the demo's model")
     arguments = parser.parse_args()
     name = model_name(arguments.model)
-    dtype = recorded_dtype(arguments.study / "runs")
     tokenizer = AutoTokenizer.from_pretrained(name)
+    files = dict(text.split("=", 1) for text in arguments.texts)
+    documents = {title: cut_documents(tokenizer, read(file), arguments.tokens) for title, file in files.items()}
 
-    def load() -> torch.nn.Module:
+    def load(dtype: str) -> torch.nn.Module:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
 
-    base, references = load(), {}
-    for text in arguments.texts:
-        title, _, file = text.partition("=")
-        documents = cut_documents(tokenizer, read(file), arguments.tokens)
-        references[title] = BaseReference.of(base, documents, tokenizer=tokenizer)
+    @cache
+    def reference(title: str, dtype: str) -> BaseReference:
+        return BaseReference.of(load(dtype), documents[title], tokenizer=tokenizer)
+
     found = defaultdict(list)
     for folder in tqdm(sorted((arguments.study / "adapters").iterdir()), unit="adapter"):
         run = json.loads((arguments.study / "runs" / f"{folder.name}.json").read_text())
-        model = PeftModel.from_pretrained(load(), folder).eval()
-        for title, reference in references.items():
-            found[title, run["method"], run["samples"], run["rate"]].append(measure_forgetting(model, base=reference))
+        dtype = run["depends_on"]["dtype"]
+        model = PeftModel.from_pretrained(load(dtype), folder).eval()
+        for title in documents:
+            report = measure_forgetting(model, base=reference(title, dtype))
+            found[title, run["method"], run["samples"], run["rate"]].append(report)
 
     print("| text | method | samples | rate | base | quantized | degradation | at most | seeds |")
     print("|---|---|---|---|---|---|---|---|---|")

@@ -194,6 +194,16 @@ def test_an_anchored_run_forgets_less(make_model, general_samples, batch, wrap, 
     assert after[True][1] > 0.5  # nats: the domain is learned
 
 
+def test_what_is_logged_is_the_mean_of_all_processes(make_model, general_samples, monkeypatch):
+    anchor = Anchor.from_base(make_model(), general_samples)
+    alone = Anchor(anchor.answers)
+    alone.loss(adaptq(make_model()))
+    monkeypatch.setattr("adaptq_peft.preservation.anchor._process", lambda: (0, 2))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda kl: kl.add_(3.0))
+    anchor.loss(adaptq(make_model()))
+    assert anchor.pop_metrics()["anchor_kl"] == pytest.approx((alone.pop_metrics()["anchor_kl"] + 3) / 2)
+
+
 def test_the_weight_follows_the_target(make_model, general_samples):
     answers = Anchor.from_base(make_model(), general_samples).answers
     model = adaptq(make_model(), quantization="none")
@@ -258,6 +268,12 @@ class TestErrors:
             ValueError, match="one_sided is for mode=\"kl\"; mode='replay' has no base to be worse than"
         ):
             Anchor(mode="replay", one_sided=True)
+
+    def test_answers_of_another_kind(self, llama, general_samples):
+        answers = {mode: Anchor.from_base(llama, general_samples, mode=mode).answers for mode in ("kl", "replay")}
+        for mode, other in (("kl", "replay"), ("replay", "kl")):
+            with pytest.raises(ValueError, match=f"mode='{mode}', and the BaseAnswers hold '{other}': BaseAnswers.of"):
+                Anchor(answers[other], mode=mode)
 
     def test_no_answers_yet(self, llama, general_samples):
         with pytest.raises(ValueError, match="make it with from_base"):

@@ -150,6 +150,33 @@ class TestMadeAfterTheAdapter:
         with pytest.raises(ValueError, match=r"from step 2 of a model without an adapter.*from_base"):
             resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-2")
 
+    def test_replay_needs_no_base(self, make_model, general_samples, make_trainer):
+        saving = {"save_strategy": "steps", "save_steps": 2}
+        whole, resumed = (
+            make_trainer(make_model(), PreservationCallback(general_samples, mode="replay"), **saving) for _ in "ab"
+        )
+        whole.train()
+        resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-2")
+        assert curve(resumed, "anchor_loss") == curve(whole, "anchor_loss")
+
+
+def test_what_was_not_logged_is_not_in_the_next_run(make_model, general_samples, make_trainer):
+    base = make_model()
+    anchor = PreservationCallback.from_base(base, general_samples)
+    make_trainer(adaptq(base), anchor, logging_steps=3, learning_rate=1.0).train()  # the fourth step is not logged
+    fresh = make_trainer(lora(make_model()), anchor, learning_rate=0.0)
+    fresh.train()
+    assert curve(fresh, "anchor_kl") == pytest.approx([0] * 4, abs=1e-4)
+
+
+def test_schedule_free_optimizers_are_in_training_mode(make_model, general_samples):
+    """They hold other weights while the model is evaluated, and the Trainer calls them back within the step."""
+    anchor, calls = PreservationCallback.from_base(make_model(), general_samples), []
+    optimizer = SimpleNamespace(scaler=None, train=lambda: calls.append(torch.is_grad_enabled()))
+    state, arguments = SimpleNamespace(train_batch_size=4), SimpleNamespace(per_device_train_batch_size=4)
+    anchor.on_step_begin(arguments, state, None, model=lora(make_model()), optimizer=optimizer)
+    assert len(calls) == 1
+
 
 @pytest.mark.parametrize(
     ("changes", "name"),

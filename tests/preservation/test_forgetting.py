@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from support import logits, randomize, tiny_t5
 
 from adaptq_peft import AdaptQConfig, BaseReference, measure_forgetting
+from adaptq_peft.comparison.methods import quantize_lower_blocks
 from adaptq_peft.preservation.forgetting import _top_log_probs as top_log_probs
 from adaptq_peft.preservation.forgetting import kl_divergence
 from adaptq_peft.preservation.original_model import original_model
@@ -153,6 +154,22 @@ def test_with_a_reference_it_matters_not_how_an_adapter_began(load, general, tok
     reference = BaseReference.of(load(), general, tokenizer=tokenizer)
     pissa = get_peft_model(load(), LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
     assert measure_forgetting(pissa, base=reference).degradation == pytest.approx(0, abs=1e-5)
+
+
+def test_a_change_of_a_quantized_base_is_all_the_adapters(make_model, general, tokenizer):
+    """Nothing is left of the quantized base to split by once its biases are trained."""
+
+    def measured(**options):
+        model = make_model(attention_bias=True)
+        quantize_lower_blocks(model, 0.5)
+        lora = get_peft_model(model, LoraConfig(target_modules=["q_proj"], **options))
+        return measure_forgetting(lora, base=reference)
+
+    reference = BaseReference.of(make_model(attention_bias=True), general, tokenizer=tokenizer)
+    kept, changed = measured(), measured(bias="all")
+    assert kept.degradation == changed.degradation != 0
+    assert (kept.quantization, kept.training) == (kept.degradation, 0)
+    assert (changed.quantization, changed.training) == (0, changed.degradation)
 
 
 def test_prompt_tuning_is_measured(load, general, tokenizer):

@@ -20,7 +20,7 @@ class Tracker(TrainerCallback):
 
 @pytest.fixture
 def run(adapt, load, general, domain, tokenizer, tmp_path):
-    def build(budget=None, std=0.0, lr=1e-3, early=(), before=(), **options):
+    def build(budget=None, std=0.0, lr=1e-3, early=(), before=(), adapter=(), **options):
         samples = [{**tokenizer(text), "labels": tokenizer(text)["input_ids"]} for text in domain]
         arguments = TrainingArguments(
             output_dir=str(tmp_path / "out"), per_device_train_batch_size=1, max_steps=4, eval_steps=2,
@@ -28,7 +28,7 @@ def run(adapt, load, general, domain, tokenizer, tmp_path):
             **{"eval_strategy": "steps", "save_strategy": "no", **options},
         )  # fmt: skip
         reference = BaseReference.of(load(), general, domain, tokenizer=tokenizer)
-        model, tracker = adapt(std=std), Tracker()
+        model, tracker = adapt(std=std, **dict(adapter)), Tracker()
         randomize(model, std=std)
         trainer = Trainer(
             model, arguments, train_dataset=samples, eval_dataset=samples[:2], callbacks=[tracker, *before]
@@ -65,6 +65,36 @@ def test_weights_that_change_after_training_are_measured_anew(run):
     randomize(trainer.model, std=0.3)
     found = trainer.evaluate()["eval_general_degradation"]
     assert found == pytest.approx(measure_forgetting(trainer.model, base=reference).degradation)
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+def test_after_an_interrupt_each_evaluation_is_measured_anew(run, sets):
+    """Weights may change in ways that count no steps: `fit_to_budget` is one."""
+
+    class Interrupt(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "eval_runtime" in logs or "eval_1_runtime" in logs:
+                raise KeyboardInterrupt
+
+    trainer, _, reference = run()
+    if sets == 2:
+        trainer.eval_dataset = {"0": trainer.eval_dataset, "1": trainer.eval_dataset}
+    interrupt = Interrupt()
+    trainer.add_callback(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(interrupt)
+    for std in (0.3, 0.0):
+        randomize(trainer.model, std=std)
+        found = trainer.evaluate()["eval_general_degradation"]
+        assert found == pytest.approx(measure_forgetting(trainer.model, base=reference).degradation)
+
+
+def test_autocast_is_not_taken_for_forgetting(run):
+    trainer, _, reference = run(lr=0.0, bf16=True, adapter={"quantization": "none"})
+    entries = [entry for entry in trainer.state.log_history if "eval_general_degradation" in entry]
+    assert [entry["eval_general_degradation"] for entry in entries] == [0, 0]
+    assert measure_forgetting(trainer.model, base=reference).degradation == 0
 
 
 def test_a_second_training_is_measured_as_the_first(run):
@@ -120,3 +150,9 @@ def test_training_stops_where_the_budget_is_passed(run):
 def test_training_goes_on_within_the_budget(run):
     trainer, _, _ = run(budget=1e6)
     assert trainer.state.global_step == 4
+
+
+def test_training_that_diverges_stops_with_a_budget(run):
+    with pytest.warns(UserWarning, match="loss on general text is not a number after step 2: .* lower the learning"):
+        trainer, _, _ = run(budget=1e6, lr=1e38)
+    assert trainer.state.global_step == 2

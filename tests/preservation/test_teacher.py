@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import KasaConfig, LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from support import randomize
 from torch.utils.data import DataLoader
@@ -63,7 +63,9 @@ def test_saved_answers_load_bit_for_bit(llama, general_samples, tmp_path):
     answers.save(tmp_path / "answers.safetensors")
     loaded = BaseAnswers.load(tmp_path / "answers.safetensors")
     assert same(loaded, answers)
-    assert (loaded.vocabulary, loaded.digest) == (answers.vocabulary, answers.digest)
+    assert (loaded.vocabulary, loaded.digest, loaded.kind) == (answers.vocabulary, answers.digest, "kl")
+    BaseAnswers.replay(llama, general_samples).save(tmp_path / "replay.safetensors")
+    assert BaseAnswers.load(tmp_path / "replay.safetensors").kind == "replay"
 
 
 def test_another_file_is_refused(tmp_path):
@@ -94,6 +96,12 @@ def test_a_quantized_base_answers_with_a_warning(llama, general_samples):
         assert same(BaseAnswers.of(model, general_samples, top_k=5), answers)
 
 
+def test_batches_of_a_loader_are_cut(llama):
+    ids = torch.arange(3, 33).view(2, 15)
+    answers = BaseAnswers.of(llama, DataLoader([{"input_ids": ids}], batch_size=None), max_length=6)
+    assert [text.input_ids.tolist() for text in answers] == ids[:, :6].tolist()
+
+
 def test_without_text_the_base_writes_it(llama):
     answers = BaseAnswers.of(llama, None, samples=3, max_length=10)
     assert [text.input_ids[0].item() for text in answers] == [1, 1, 1]
@@ -108,6 +116,7 @@ def test_texts_and_a_tokenizer(make_model, byte_tokenizer):
 
 def test_replay_answers_with_the_text(llama, general_samples):
     answers = BaseAnswers.replay(llama, general_samples)
+    assert answers.kind == "replay"
     for text in answers:
         assert torch.equal(text.tokens[:, 0], text.input_ids[1:])
         assert torch.equal(text.log_probs.float().exp(), torch.tensor([[1.0, 0.0]]).expand(len(text.tokens), 2))
@@ -158,10 +167,26 @@ def test_a_compiled_model_answers_with_its_adapter_off(make_model, general_sampl
     assert same(BaseAnswers.of(torch.compile(lora), general_samples, top_k=5), expected)
 
 
+CHANGES_OF_THE_BASE = [
+    ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+    ({"init_lora_weights": "OLoRA"}, "init_lora_weights='OLoRA'"),
+    ({"kasa_config": KasaConfig()}, "kasa_config"),
+    ({"bias": "all"}, "bias='all'"),
+    ({"bias": "lora_only"}, "bias='lora_only'"),
+]
+
+
+def test_a_bias_that_the_model_lacks_changes_nothing(make_model, general_samples):
+    expected = BaseAnswers.of(make_model(), general_samples, top_k=5)
+    lora = get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM", bias="all", init_lora_weights=False))
+    assert same(BaseAnswers.of(lora, general_samples, top_k=5), expected)
+
+
 def test_a_model_that_lost_its_base_is_refused(make_model, general_samples):
-    pissa = get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights="pissa"))
-    with pytest.raises(ValueError, match=r"init_lora_weights='pissa', which changes the base's weights.*from_base"):
-        BaseAnswers.of(pissa, general_samples)
+    for changes, name in CHANGES_OF_THE_BASE:
+        model = get_peft_model(make_model(attention_bias=True), LoraConfig(task_type="CAUSAL_LM", **changes))
+        with pytest.raises(ValueError, match=f"made with {name}, which changes the base's weights.*from_base"):
+            BaseAnswers.of(model, general_samples)
     merged = get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
     merged.merge_adapter()
     with pytest.raises(ValueError, match="adapters are merged into this model"):

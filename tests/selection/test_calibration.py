@@ -197,6 +197,15 @@ def test_the_model_writes_its_own_text_and_is_left_as_it_was(llama):
         assert 2 not in sample["input_ids"][1:-1]
 
 
+def test_it_writes_so_many_at_once_as_fit_in_memory(llama, monkeypatch):
+    sizes, generate = [], llama.generate
+    monkeypatch.setattr(
+        llama, "generate", lambda prompt, **options: sizes.append(len(prompt)) or generate(prompt, **options)
+    )
+    assert len(write_calibration_samples(llama, count=70, length=4)) == 70
+    assert sizes == [32, 32, 6]
+
+
 def test_a_model_that_cannot_write():
     with pytest.raises(ValueError, match=r"Linear can't write its own calibration text.*Pass calibration_data"):
         write_calibration_samples(nn.Linear(2, 2), count=1, length=4)

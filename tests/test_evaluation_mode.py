@@ -1,0 +1,31 @@
+"""Evaluation mode for a while, and without the autocast of a Trainer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from adaptq_peft.evaluation_mode import evaluation_mode
+
+
+def test_each_module_gets_its_own_mode_back_after_an_error_too(llama):
+    llama.train()
+    llama.model.layers[0].eval()
+    before = [module.training for module in llama.modules()]
+    with pytest.raises(KeyError), evaluation_mode(llama):  # noqa: PT012
+        assert not any(module.training for module in llama.modules())
+        raise KeyError
+    assert [module.training for module in llama.modules()] == before
+
+
+def test_the_autocast_of_accelerate_is_taken_off_for_the_while(llama, batch):
+    with torch.no_grad():
+        expected = llama(**batch).logits
+        prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(llama.eval())
+        rounded = prepared(**batch).logits
+        with evaluation_mode(prepared):
+            found = prepared(**batch).logits
+        assert torch.equal(found, expected)
+        assert not torch.equal(rounded, expected)
+        assert torch.equal(prepared(**batch).logits, rounded)
