@@ -221,7 +221,7 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.adaptq_merged is not None:
-            return self.adaptq_merged(*args, **kwargs)
+            return _run(self.adaptq_merged, *args, **kwargs)
         form = self.form_for(self.merged_adapters or self.active_adapters)
         adapters = [] if self.disable_adapters or self.merged else self.active_adapters
         return self._forward_through(form, adapters, *args, **kwargs)
@@ -229,7 +229,7 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
     def _forward_through(self, form: nn.Module, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
         """What one form of the layer gives, with the deltas and corrections of these adapters."""
         deltas = [name for name in adapters if name in self.adaptq_delta]
-        output = self._forward_with_deltas(deltas, *args, **kwargs) if deltas else form(*args, **kwargs)
+        output = self._forward_with_deltas(deltas, *args, **kwargs) if deltas else _run(form, *args, **kwargs)
         for name in adapters:
             if self.is_corrected_by(name):
                 x = args[0] if args else next(iter(kwargs.values()))
@@ -264,7 +264,7 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
     def _forward_as(self, adapter: str, *args: Any, **kwargs: Any) -> Any:
         """What the layer gives for one adapter; "__base__" is the base as the active adapters see it."""
         if adapter == "__base__":
-            return self.form_for(self.active_adapters)(*args, **kwargs)
+            return _run(self.form_for(self.active_adapters), *args, **kwargs)
         return self._forward_through(self.form_for([adapter]), [adapter], *args, **kwargs)
 
     def _applied_adapters(self) -> list[str]:
@@ -460,13 +460,22 @@ class AdaptQLinear(AdaptQLayer):
             self._scales(adapters),
             transposed=isinstance(self.base_layer, Conv1D),
         )
-        # As a 4-bit linear does: `prepare_model_for_kbit_training` leaves float32 norms between 16-bit linears.
-        return output if autocast else output.to(args[0].dtype)
+        return output if autocast else output.to(args[0].dtype)  # as `_run` does
 
 
 def _check_finite(tensors: Iterable[torch.Tensor], adapters: list[str]) -> None:
     if not all(torch.isfinite(tensor).all() for tensor in tensors):
         raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken")
+
+
+def _run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a layer, a plain linear in its own dtype and with an output in that of its input, as 4-bit linears do.
+
+    `prepare_model_for_kbit_training` leaves float32 norms between 16-bit linears.
+    """
+    if type(layer) not in (nn.Linear, Conv1D) or len(args) != 1 or torch.is_autocast_enabled(args[0].device.type):
+        return layer(*args, **kwargs)
+    return layer(args[0].to(layer.weight.dtype)).to(args[0].dtype)
 
 
 def _rows(value: Any, rows: list[int], size: int) -> Any:

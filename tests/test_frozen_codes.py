@@ -64,6 +64,16 @@ def test_save_and_load_give_the_same_codes_without_calibrating(model, samples, b
     assert torch.equal(logits(loaded, batch), logits(wrapped, batch))
 
 
+def test_what_transformers_saves_is_loaded_by_peft(make_model, samples, batch, tmp_path):
+    """`model.add_adapter` and the model's own `save_pretrained`, which puts a prefix before each name."""
+    model = make_model()
+    model.add_adapter(config(samples))
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path)
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
 @pytest.mark.parametrize("copied", [False, True])
 def test_a_config_that_made_an_adapter_makes_another_one(make_model, samples, batch, tmp_path, copied):
     used = config(samples)

@@ -24,6 +24,8 @@ NF4 = BitsAndBytesConfig(
     bnb_4bit_compute_dtype=torch.bfloat16,
 )
 
+INT8 = BitsAndBytesConfig(load_in_8bit=True)
+
 
 @pytest.fixture
 def checkpoint(model, tmp_path):
@@ -41,6 +43,10 @@ def load(checkpoint, quantization_config=None):
 
 def config(**fields):
     return AdaptQConfig(task_type="CAUSAL_LM", **{"layers_to_transform": [1, 3], "frozen_rank": 0, **fields})
+
+
+def fits(module):
+    return isinstance(module, AdaptQLayer) and isinstance(module.base_layer, (nn.Linear, Conv1D))
 
 
 def forms(model):
@@ -107,6 +113,33 @@ def test_the_weights_of_another_checkpoint_are_refused(checkpoint):
     other.save_pretrained(path)
     with pytest.raises(ValueError, match=r"mlp\.\w+\.weight in the checkpoint is not what .* was quantized from"):
         get_peft_model(model, config())
+
+
+@pytest.mark.parametrize("prepares", [False, True], ids=["as loaded", "prepared"])
+@pytest.mark.parametrize("arrived", [NF4, INT8], ids=["nf4", "int8"])
+def test_whatever_takes_the_place_of_a_quantized_linear_has_the_models_dtype(checkpoint, batch, arrived, prepares):
+    """Norms and embeddings are in float32 once prepared, and plain linears take no other dtype than their own."""
+
+    def adapted():
+        base = load(checkpoint, arrived)
+        wrapped = get_peft_model(prepare_model_for_kbit_training(base) if prepares else base, config(frozen_rank=2))
+        randomize(wrapped)
+        return wrapped
+
+    wrapped = adapted()
+    expected = logits(wrapped, batch)
+    block = find_blocks(wrapped.base_model.model)[3].module
+    assert {m.base_layer.weight.dtype for m in block.modules() if fits(m)} == {torch.bfloat16}
+    with wrapped.disable_adapter():
+        logits(wrapped, batch)
+    wrapped.merge_adapter()
+    torch.testing.assert_close(logits(wrapped, batch), expected, rtol=0, atol=0.1)
+    for form in ("quantized", "dequantized", "original"):
+        unloaded = adapted().merge_and_unload(frozen=form)
+        torch.testing.assert_close(logits(unloaded, batch), expected.bfloat16(), rtol=0, atol=0.3)
+        assert {p.dtype for p in unloaded.parameters()} <= {torch.bfloat16, torch.uint8, torch.int8}
+    plain = adapted().unload(frozen="original")
+    assert torch.equal(logits(plain, batch), logits(load(checkpoint), batch))
 
 
 def test_a_script_that_prepares_for_kbit_training(checkpoint, batch, train):

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from ..config import AdaptQConfig
@@ -36,8 +37,9 @@ def quantized_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Te
         model: the model with the adapter.
         adapter_name: its name.
     """
+    prefix = PREFIX if isinstance(model, PeftModel) else ""  # transformers' `add_adapter`: it adds the prefix itself
     return {
-        f"{PREFIX}{name}{_KEY}{key}": tensor
+        f"{prefix}{name}{_KEY}{key}": tensor
         for name, layer in _quantized_layers(model, adapter_name)
         for key, tensor in layer.state_dict().items()
     }
@@ -50,7 +52,8 @@ def split_quantized(state_dict: Mapping[str, torch.Tensor]) -> tuple[dict[str, t
     for key, tensor in state_dict.items():
         name, separator, rest = key.rpartition(_KEY)
         if separator:
-            quantized.setdefault(name.removeprefix(PREFIX), {})[rest] = tensor
+            # Twice in files of transformers' `save_pretrained` from before it was left to add the prefix.
+            quantized.setdefault(name.removeprefix(PREFIX).removeprefix(PREFIX), {})[rest] = tensor
         else:
             others[key] = tensor
     return others, quantized
@@ -108,7 +111,8 @@ def expect_quantized_tensors(model: nn.Module, adapter_name: str) -> None:
 def _refuse(layer: nn.Module, args: Any) -> None:
     raise RuntimeError(
         "The saved quantized weights of this adapter's frozen blocks were not loaded. Load it by "
-        "PeftModel.from_pretrained or model.load_adapter of a PeftModel."
+        "PeftModel.from_pretrained or model.load_adapter of a PeftModel. To train a new adapter, give get_peft_model "
+        "a new AdaptQConfig, not that of a saved adapter."
     )
 
 

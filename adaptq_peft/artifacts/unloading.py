@@ -13,11 +13,13 @@ from ..module_names import base_name, is_inside_a_wrapper
 from ..quantization import (
     OriginalWeights,
     dequantize_linear,
+    follow_cast,
     forget_arrival,
     is_quantized,
     quantization_on_arrival,
     quantize_linear,
     settings_of,
+    undo_upcast,
 )
 
 UNLOADED_FORMS = ("dequantized", "original", "quantized")
@@ -157,9 +159,10 @@ def unwrap_quantized(model: nn.Module, seen: Mapping[str, SeenQuantized]) -> Non
             model.set_submodule(name, linear.quantized)
 
 
-def put_unloaded_linears(model: nn.Module, built: Mapping[str, nn.Module], form: str) -> None:
+def put_unloaded_linears(model: nn.Module, built: dict[str, nn.Module], form: str) -> None:
     """Put the layers of `build_unloaded_linears` into the model, which has no adapters any more."""
-    for name, layer in built.items():
+    undo_upcast(model)
+    for name, layer in (follow_cast(model, built) if form != "quantized" else built).items():
         model.set_submodule(name, layer)
     if form != "quantized":
         forget_arrival(model)

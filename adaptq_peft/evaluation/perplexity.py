@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from ..evaluation_mode import evaluation_mode
@@ -153,10 +154,15 @@ def _batch_nll(model: nn.Module, tokens: Tensor) -> float:
 
 
 def check_decoder_only(model: nn.Module, purpose: str) -> None:
-    """Raise ValueError if a model has an encoder, which would see the tokens that are to be predicted."""
+    """Raise ValueError if a model sees the tokens that are to be predicted, or predicts none."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"{type(model).__name__} has an encoder and a decoder; {purpose} works with decoder-only language models"
+        )
+    name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+    if name.endswith(("ForMaskedLM", "ForTokenClassification")):
+        raise ValueError(
+            f"{name} does not predict the next token of a text; {purpose} works with causal language models"
         )
 
 

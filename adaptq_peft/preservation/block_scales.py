@@ -39,10 +39,11 @@ class BlockScales:
 
     Attributes:
         blocks: indices of the blocks that have something to scale.
+        unscaled: the adapter's `modules_to_save`, which stay as they were trained.
 
     Raises:
-        ValueError: if there is no such adapter, several are active, it is merged or switched off, or it is of a kind
-            that can't be scaled.
+        ValueError: if there is no such adapter, several are active, it is merged or switched off, it runs at another
+            scale than its config's, or it is of a kind that can't be scaled.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -54,17 +55,33 @@ class BlockScales:
             if layer.merged or layer.disable_adapters:
                 what = "merged; call model.unmerge_adapter()" if layer.merged else "switched off; switch it on"
                 raise ValueError(f"adapter {self.adapter!r} can't be scaled while it is {what} first")
+            if isinstance(layer, AdaptQLayer):
+                self._check_scale(layer)
         self.blocks = list(self._layers)
         if not self.blocks:
             kind = type(model.peft_config[self.adapter]).__name__  # type: ignore[union-attr, index]
             raise ValueError(
                 f"adapter {self.adapter!r} ({kind}) has nothing in any block that can be scaled; allowed: {ALLOWED}"
             )
+        self.unscaled = list(getattr(model.peft_config[self.adapter], "modules_to_save", None) or [])  # type: ignore[union-attr, index]
         self._trained = {layer: layer.scaling[self.adapter] for layers in self._layers.values() for layer in layers}
         self._parameters = {
             index: [parameter for layer in layers for parameter in linear_parameters(layer, self.adapter)]
             for index, layers in self._layers.items()
         }
+
+    def _check_scale(self, layer: AdaptQLayer) -> None:
+        """Refuse a scale that is not saved: what is loaded would be another adapter than what was measured."""
+        config: Any = self._model.peft_config[self.adapter]  # type: ignore[union-attr, index]
+        found = layer.scaling[self.adapter]
+        corrected = layer.is_corrected_by(self.adapter)
+        saved = config.frozen_scaling if corrected else config.delta_scaling
+        if found != saved:
+            name = f"frozen_alpha / frozen_rank {saved}" if corrected else f"delta_scaling {saved}"
+            raise ValueError(
+                f"adapter {self.adapter!r} runs at scale {found} in a layer, by set_scale, and its config has {name}: "
+                "the scale of a layer is not saved, so what is fitted would not be what is loaded; set it back first"
+            )
 
     def set(self, factors: np.ndarray | float) -> None:
         """Run with these factors, [blocks] or one for all, from now on."""

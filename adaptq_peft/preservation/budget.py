@@ -196,7 +196,7 @@ class _Fit:
             family=self._family,
             shrinkage=None if self._shrinkage is None else float(setting.strength),
             scales={block: float(f) for block, f in zip(self._scales.blocks, setting.factors, strict=True)},
-            note="" if feasible else _way_out(general, budget),
+            note="" if feasible else _way_out(general, budget, self._scales.unscaled),
         )
 
     def _evaluate(self, setting: Setting) -> Point:
@@ -223,7 +223,7 @@ class _Fit:
         return domain, self._scales.gradient(setting.factors, general, size)
 
 
-def _way_out(general: TextComparison, budget: float) -> str:
+def _way_out(general: TextComparison, budget: float, unscaled: list[str]) -> str:
     if general.degradation <= budget:
         return (
             f"The mean is within the budget, but {len(general.base.nll)} documents are too few to show it with this "
@@ -235,7 +235,9 @@ def _way_out(general: TextComparison, budget: float) -> str:
             'higher selection_ratio) or less (quantization="int8" or "none"), or train with an anchor on general '
             "text, which repairs some of it. The adapter was left as it was."
         )
-    return "Train anew with a lower rate, fewer steps, or an anchor on general text. The adapter was left as it was."
+    whole = f" No scale weakens what modules_to_save trains whole: {unscaled}." if unscaled else ""
+    way_out = f"Train anew with a lower rate, fewer steps, or an anchor on general text.{whole}"
+    return f"{way_out} The adapter was left as it was."
 
 
 def _check(reference: BaseReference, budget: float) -> None:

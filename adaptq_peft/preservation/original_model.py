@@ -15,7 +15,7 @@ from torch import nn
 from ..config import AdaptQConfig
 from ..layer import AdaptQLayer
 from ..module_names import base_name
-from ..quantization import OriginalWeights, is_quantized, named_checkpoint
+from ..quantization import OriginalWeights, follow_cast, is_quantized, named_checkpoint, note_origins
 
 #: Modules with a switch for their adapters.
 _SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
@@ -140,7 +140,9 @@ def _restore(model: nn.Module, quantized: dict[str, nn.Module]) -> dict[str, nn.
     try:
         if any(c.original_weights == "dequantized" and c.quantization != "none" for c in configs):
             raise ValueError('an adapter with original_weights="dequantized" has rounded all blocks.')
-        return {name: originals.restore(_checkpoint_name(name, model), module) for name, module in quantized.items()}
+        note_origins(base)
+        restored = {name: originals.restore(_checkpoint_name(name, model), each) for name, each in quantized.items()}
+        return follow_cast(base, restored)
     except ValueError as error:
         raise ValueError(
             f"The original model, to compare with, can't be had from this one: {error} Make "

@@ -4,7 +4,7 @@ Settings, models that arrive quantized, one file a backend and their table, what
 original weights.
 """
 
-from .arrival import forget_arrival, note_origins, quantization_on_arrival, skip_when_quantizing
+from .arrival import forget_arrival, note_origins, quantization_on_arrival, skip_when_quantizing, undo_upcast
 from .backends import (
     check_backend,
     dequantize_linear,
@@ -21,7 +21,7 @@ from .backends import (
 from .bitsandbytes_backend import gradients_kept_on_cpu
 from .leave_reasons import LeaveReasons, fused_experts
 from .origin import linear_weight
-from .original_weights import ORIGINAL_WEIGHTS, OriginalWeights, named_checkpoint, names_checkpoint
+from .original_weights import ORIGINAL_WEIGHTS, OriginalWeights, follow_cast, named_checkpoint, names_checkpoint
 from .settings import QUANTIZATION_NAMES, QuantizationSettings, resolve_quantization
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "check_backend",
     "dequantize_linear",
     "empty_quantized",
+    "follow_cast",
     "forget_arrival",
     "fused_experts",
     "gradients_kept_on_cpu",
@@ -51,4 +52,5 @@ __all__ = [
     "resolve_quantization",
     "settings_of",
     "skip_when_quantizing",
+    "undo_upcast",
 ]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationMethod
 
-from . import gptq_backend
+from . import bitsandbytes_backend, gptq_backend
 from .origin import Origin
 
 #: Packages whose quantized layers are no `nn.Linear`: nothing here would see them.
@@ -68,14 +70,29 @@ def _check_kernels(model: nn.Module, config: dict[str, Any]) -> None:
 
 
 def note_origins(model: nn.Module) -> None:
-    """Note at the linears of a model that arrived in GPTQ what they were before; they don't know the model's dtype.
+    """Note at the linears of a model that arrived in GPTQ or int8 what they were before; they don't know its dtype.
 
     GPT-2, with its `Conv1D`, can't be loaded in GPTQ (transformers 5.23.0 with GPTQModel 7.5.0).
     """
-    dtype: Any = getattr(model, "dtype", None)
+    dtype: Any = loaded_dtype(model) or getattr(model, "dtype", None)
     for module in model.modules():
         if gptq_backend.owns(module):
             module.adaptq_origin = Origin(nn.Linear, dtype, calibrated=True)  # type: ignore[assignment]
+        elif bitsandbytes_backend.forgets_dtype(module) and not hasattr(module, "adaptq_origin"):
+            module.adaptq_origin = replace(bitsandbytes_backend.origin_as_loaded(module), dtype=dtype)  # type: ignore[assignment]
+
+
+def loaded_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype that a model was loaded in, from its config; `None` if that does not say."""
+    found = getattr(getattr(model, "config", None), "dtype", None)
+    return getattr(torch, found.removeprefix("torch."), None) if isinstance(found, str) else found
+
+
+def dtype_now(model: nn.Module) -> torch.dtype | None:
+    """The dtype of a model's input embeddings: it follows `model.to(...)`, and `prepare_model_for_kbit_training`."""
+    find: Any = getattr(model, "get_input_embeddings", lambda: None)
+    weight = getattr(find(), "weight", None)
+    return weight.dtype if isinstance(weight, torch.Tensor) and weight.is_floating_point() else None
 
 
 def skip_when_quantizing(model: nn.Module, names: Iterable[str]) -> None:
@@ -89,6 +106,19 @@ def skip_when_quantizing(model: nn.Module, names: Iterable[str]) -> None:
         return
     before = found.llm_int8_skip_modules
     found.llm_int8_skip_modules = [*(get_keys_to_not_convert(model) if before is None else before), *new]
+
+
+def undo_upcast(model: nn.Module) -> None:
+    """Give what `prepare_model_for_kbit_training` made float32 of a model that arrived quantized its dtype back.
+
+    In float32 only layers that cast their inputs can follow, as quantized ones do and plain linears don't.
+    """
+    dtype = loaded_dtype(model)
+    if dtype is None or dtype_now(model) != torch.float32 or quantization_on_arrival(model) is None:
+        return
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(dtype)
 
 
 def forget_arrival(model: nn.Module) -> None:

@@ -190,8 +190,17 @@ def gradients_kept_on_cpu(model: nn.Module) -> Iterator[None]:
         raise
 
 
+def forgets_dtype(module: nn.Module) -> bool:
+    """Whether a module is a linear in int8, which does not say what dtype its weight had."""
+    if not owns(module):
+        return False
+    import bitsandbytes as bnb
+
+    return isinstance(module, bnb.nn.Linear8bitLt)
+
+
 def origin_as_loaded(quantized: nn.Module) -> Origin:
-    """What a linear was that transformers has quantized while loading the model."""
+    """What a linear was that transformers has quantized while loading the model; int8 stands for a float16 weight."""
     source: Any = quantized
     state = getattr(source.weight, "quant_state", None)
     linear_class = Conv1D if getattr(quantized, "source_cls", None) is Conv1D else nn.Linear

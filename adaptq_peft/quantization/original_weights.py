@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..module_names import base_name
+from .arrival import dtype_now, loaded_dtype
 from .backends import dequantize_linear, origin_of, quantize_linear, settings_of
 from .checkpoint_weights import CheckpointWeights, OriginalWeightsUnavailable
 from .origin import linear_from_tensors
@@ -95,6 +96,26 @@ class OriginalWeights:
                 'AdaptQConfig(original_weights="dequantized") to train on the rounded weights.'
             )
         return linear.train(quantized.training)
+
+
+def follow_cast(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Restored linears in the dtype that `model.to(...)` has cast their model to since it was loaded.
+
+    Args:
+        model: the model, as it is now.
+        linears: plain linears by name; those in another dtype than the model was loaded in stay as they are.
+    """
+    before, now = loaded_dtype(model), dtype_now(model)
+    if before is None or now is None or before == now:
+        return linears
+    return {name: _cast(linear, before, now) for name, linear in linears.items()}
+
+
+def _cast(linear: Any, before: torch.dtype, now: torch.dtype) -> nn.Module:
+    """A copy: the linear may be one that an adapter keeps."""
+    if linear.weight.dtype != before:
+        return linear  # type: ignore[no-any-return]
+    return linear_from_tensors(type(linear), linear.weight.detach().to(now), linear.bias).train(linear.training)
 
 
 def _device(quantized: Any) -> torch.device:

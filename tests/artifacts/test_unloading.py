@@ -39,6 +39,29 @@ def test_unload_takes_off_what_is_merged(model, batch):
     assert torch.equal(logits(wrapped.unload(), batch), expected)
 
 
+@pytest.mark.parametrize("kept", ["keep", "checkpoint"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_what_is_unloaded_follows_the_dtype_that_the_model_was_cast_to(model, batch, tmp_path, quantization, kept):
+    model.save_pretrained(tmp_path)
+
+    def adapted():
+        base = type(model).from_pretrained(tmp_path)
+        wrapped = get_peft_model(base, config(quantization=quantization, original_weights=kept, frozen_rank=2))
+        randomize(wrapped)
+        return wrapped.to(torch.bfloat16)
+
+    expected = logits(adapted(), batch)
+    for form in (None, "original"):
+        merged = adapted().merge_and_unload(frozen=form)
+        assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+        torch.testing.assert_close(logits(merged, batch), expected, rtol=0, atol=0.3)
+    cast = type(model).from_pretrained(tmp_path).to(torch.bfloat16)
+    assert torch.equal(logits(adapted().unload(), batch), logits(cast, batch))
+    merged = adapted()
+    merged.merge_adapter()
+    torch.testing.assert_close(logits(merged, batch), expected, rtol=0, atol=0.1)
+
+
 def test_unload_reads_originals_from_the_checkpoint(model, batch, tmp_path, recwarn):
     model.save_pretrained(tmp_path)
     base = type(model).from_pretrained(tmp_path)

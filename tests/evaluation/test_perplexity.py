@@ -7,10 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from support import tiny_t5
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from adaptq_peft.evaluation import Perplexity, degradation, evaluate_perplexity, perplexity
 
@@ -157,6 +163,19 @@ def test_bad_input_is_named(texts, options, message):
 def test_an_encoder_is_refused():
     with pytest.raises(ValueError, match="T5ForConditionalGeneration has an encoder and a decoder; perplexity works"):
         evaluate_perplexity(tiny_t5(), LetterTokenizer(), TEXTS)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("kind", [BertForMaskedLM, BertForTokenClassification])
+def test_a_model_that_does_not_predict_the_next_token_is_refused(kind, adapted):
+    config = BertConfig(
+        vocab_size=96, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    model = get_peft_model(kind(config), LoraConfig()) if adapted else kind(config)
+    with pytest.raises(
+        ValueError, match=f"^{kind.__name__} does not predict the next token of a text; perplexity works"
+    ):
+        evaluate_perplexity(model, LetterTokenizer(), TEXTS)
 
 
 def test_prompt_tuning_is_measured(llama):

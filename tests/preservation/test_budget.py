@@ -20,6 +20,7 @@ from support import logits, randomize_trained
 from tqdm import tqdm
 
 from adaptq_peft import AdaptQConfig, BaseReference, fit_to_budget, measure_forgetting
+from adaptq_peft.layer import AdaptQLayer
 from adaptq_peft.preservation import budget as budget_module
 from adaptq_peft.preservation import budget_search
 from adaptq_peft.preservation.block_scales import BlockScales
@@ -226,6 +227,10 @@ def test_if_no_setting_holds_the_budget_the_adapter_is_left_and_the_way_out_name
 def test_quantizing_is_not_blamed_where_it_cost_nothing(adapt, general, domain, tokenizer):
     report = fit_to_budget(adapt(std=0.3, quantization="none"), general, domain, -0.9, tokenizer=tokenizer)
     assert report.note.startswith("Train anew with a lower rate")
+    assert "No scale weakens" not in report.note
+    whole = adapt(std=0.3, quantization="none", modules_to_save=["lm_head"])
+    report = fit_to_budget(whole, general, domain, -0.9, tokenizer=tokenizer)
+    assert "No scale weakens what modules_to_save trains whole: ['lm_head']." in report.note
 
 
 def test_what_is_missing_is_named(adapt, load, general, domain, tokenizer):
@@ -250,6 +255,14 @@ def test_what_is_missing_is_named(adapt, load, general, domain, tokenizer):
     merged.merge_adapter()
     with pytest.raises(ValueError, match=r"can't be scaled while it is merged; call model\.unmerge_adapter\(\) first"):
         fit_to_budget(merged, general, domain, tokenizer=tokenizer)
+    for frozen_rank, name in ((0, "delta_scaling 0.25"), (2, "frozen_alpha / frozen_rank 2.0")):
+        scaled = adapt(frozen_rank=frozen_rank)
+        layers = [m for m in scaled.modules() if isinstance(m, AdaptQLayer)]
+        next(m for m in layers if bool(frozen_rank) == m.is_corrected_by("default")).set_scale("default", 0.1)
+        with pytest.raises(
+            ValueError, match=f"runs at scale 0.1 in a layer, by set_scale, and its config has {name}:"
+        ):
+            fit_to_budget(scaled, general, domain, tokenizer=tokenizer)
     dora = get_peft_model(load(), LoraConfig(target_modules=["q_proj"], use_dora=True))
     allowed = "allowed: ADAPTQ, LoRA or AdaLoRA, SHiRA, LoHa, LoKr, RandLoRA, and no DoRA"
     with pytest.raises(ValueError, match=rf"adapters in peft\.tuners\.lora\.layer\.Linear can't be scaled; {allowed}"):
