@@ -169,7 +169,8 @@ def profile(
     except (OSError, ValueError) as error:
         _fail(str(error), error)
     show_scores(Console(), found, chosen, strategy)
-    typer.echo(f'Written to {output}. To use it: AdaptQConfig(profile="{output}", selection_strategy="{strategy}")')
+    use = f'AdaptQConfig(profile="{output}", selection_strategy="{strategy}", selection_ratio={ratio:g})'
+    typer.echo(f"Written to {output}. To use it: {use}")
 
 
 @app.command("quantize-base")
@@ -270,7 +271,7 @@ def compare(
     try:
         texts = read_study_texts(files) if any(files.values()) else None
         run_study(settings, model=model, texts=texts, dry_run=dry_run)
-    except (StudyError, ModuleNotFoundError, OSError, ValueError) as error:
+    except (StudyError, ImportError, OSError, ValueError) as error:
         _fail(str(error), error)
 
 

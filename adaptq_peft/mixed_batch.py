@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from .layer import AdaptQLayer
 from .module_names import base_name
@@ -34,8 +34,9 @@ def mixed_batch(
         blocks: dotted names of the model's blocks. Default: it has none.
 
     Raises:
-        ValueError: if the model is in training mode, a name is unknown, one of the adapters has a delta on an
-            embedding in a block, or a module reads the weight of an adapter layer instead of calling it.
+        ValueError: if the model is in training mode, a name is unknown, samples are more or fewer than names, one of
+            the adapters has a delta on an embedding in a block, or a module reads the weight of an adapter layer
+            instead of calling it.
         TypeError: if `adapter_names` is not a list.
     """
     if adapter_names is None:
@@ -59,6 +60,8 @@ def mixed_batch(
         for module in model.modules()
         if isinstance(module, (AdaptQLayer, AuxiliaryTrainingWrapper))
     ]
+    check = partial(_check_length, lengths=(len(adapter_names), len(repeated)))
+    handles.append(model.register_forward_pre_hook(check, with_kwargs=True))
     layers = [module for module in model.modules() if isinstance(module, AdaptQLayer)]
     for layer in layers:
         layer.in_mixed_batch = True
@@ -69,6 +72,17 @@ def mixed_batch(
             handle.remove()
         for layer in layers:
             layer.in_mixed_batch = False
+
+
+def _check_length(model: nn.Module, args: Any, kwargs: Mapping[str, Any], lengths: tuple[int, int]) -> None:
+    """Raise ValueError if the samples are not as many as the names, before or after they are repeated for beams."""
+    given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
+    size = next((len(value) for value in given if isinstance(value, Tensor)), lengths[0])
+    if size not in lengths:
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{lengths[0]} and {size} respectively."
+        )
 
 
 def _check_embeddings(model: nn.Module, adapter_names: Sequence[str], blocks: Sequence[str]) -> None:

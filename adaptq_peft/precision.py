@@ -84,11 +84,12 @@ def measure_block_sensitivity(model: nn.Module, blocks: Sequence[Block], config:
         ValueError: if the model has no weights, adapters, or quantized linears.
     """
     settings = resolve_quantization(config.quantization) or PRECISIONS["nf4"]
-    linears = quantizable_linears(model, blocks, config)
+    linears = quantizable_linears(model, blocks, config, settings)
     _check_measurable(model, linears, "The sensitivity of the blocks")
     candidates = {name: {"rounded": _rounded(name, linear, settings)} for name, linear in linears.items()}
     rises = measure_sensitivity(model, candidates, sensitivity_batches(model, config))
-    return [sum(rises[name]["rounded"] for name in rises if name.startswith(f"{block.name}.")) for block in blocks]
+    starts = [f"{base_name(block.name)}." for block in blocks]
+    return [sum(rises[name]["rounded"] for name in rises if base_name(name).startswith(start)) for start in starts]
 
 
 def sensitivity_batches(model: nn.Module, config: AdaptQConfig) -> list[dict[str, Any]]:
@@ -107,9 +108,14 @@ def sensitivity_batches(model: nn.Module, config: AdaptQConfig) -> list[dict[str
     )
 
 
-def quantizable_linears(model: nn.Module, blocks: Sequence[Block], config: AdaptQConfig) -> dict[str, nn.Module]:
-    """The linears of blocks that nothing speaks against quantizing, by their dotted names in the base model."""
-    found = linears_with_reasons(model, blocks, PRECISIONS["nf4"], lambda name: is_excluded(name, config))
+def quantizable_linears(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    config: AdaptQConfig,
+    settings: QuantizationSettings | None = PRECISIONS["nf4"],
+) -> dict[str, nn.Module]:
+    """The linears of blocks that nothing speaks against quantizing so, by their dotted names in the base model."""
+    found = linears_with_reasons(model, blocks, settings, lambda name: is_excluded(name, config))
     return {name: linear for name, linear, reason in found if not reason}
 
 

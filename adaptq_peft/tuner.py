@@ -323,7 +323,7 @@ class AdaptQTuner(BaseTuner):
         super().delete_adapter(adapter_name)
         if self.active_adapters != others:  # PEFT asks its first layer, which may know no other adapter
             self.set_adapter(others)
-        drop_unneeded_forms(self.model, list(self.peft_config))
+        drop_unneeded_forms(self.model, self._configs)
         self._frozen_prefix.refresh()
 
     def merge_and_unload(

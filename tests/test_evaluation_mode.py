@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers import LlamaForQuestionAnswering
 
 from adaptq_peft.evaluation_mode import evaluation_mode
 
@@ -29,3 +30,18 @@ def test_the_autocast_of_accelerate_is_taken_off_for_the_while(llama, batch):
         assert torch.equal(found, expected)
         assert not torch.equal(rounded, expected)
         assert torch.equal(prepared(**batch).logits, rounded)
+
+
+def test_no_cache_is_made_whatever_forward_is_called_with(make_model, batch):
+    """`LlamaForQuestionAnswering` has no argument for it, and passes what its config says."""
+    model = LlamaForQuestionAnswering(make_model().config)
+    caches = []
+    model.transformer.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: caches.append(kwargs["past_key_values"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**batch)
+        with evaluation_mode(model):
+            model(**batch)
+    assert [cache is None for cache in caches] == [False, True]
+    assert model.config.use_cache is True

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model
 from support import logits, randomize
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -62,6 +63,16 @@ def test_save_and_load_give_the_same_codes_without_calibrating(model, samples, b
     monkeypatch.setattr("adaptq_peft.frozen_codes.quantize_calibrated", None)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert torch.equal(logits(loaded, batch), logits(wrapped, batch))
+
+
+def test_offloaded_blocks_are_refused_and_the_model_left_as_it_was(llama, samples, batch):
+    expected = logits(llama, batch)
+    offloaded = cpu_offload(llama, execution_device="cpu")
+    with pytest.raises(
+        ValueError, match=r"weights of 14 linears are not in memory, .*: they are offloaded"
+    ):
+        get_peft_model(offloaded, config(samples))
+    assert torch.equal(logits(offloaded, batch), expected)
 
 
 def test_what_transformers_saves_is_loaded_by_peft(make_model, samples, batch, tmp_path):

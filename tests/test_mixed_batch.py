@@ -39,6 +39,13 @@ def test_each_sample_gets_the_output_of_its_adapter(two_adapters, batch):
     assert hooks == []
 
 
+@pytest.mark.parametrize("names", [["default"], ["default", "__base__"], ["default"] * 8])
+def test_each_sample_needs_a_name(two_adapters, batch, names):
+    message = f"should be the same as the number of inputs, but got {len(names)} and 4 respectively"
+    with pytest.raises(ValueError, match=message):
+        two_adapters(**batch, adapter_names=names)
+
+
 def test_routers_of_experts_and_their_experts():
     model = get_peft_model(tiny_qwen_moe(), AdaptQConfig(layers_to_transform=[1, 2], init_weights=False)).eval()
     ids = torch.randint(3, 96, (3, 6))

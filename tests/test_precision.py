@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    BitsAndBytesConfig,
     LlamaModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -21,7 +22,7 @@ from transformers import (
 from adaptq_peft import AdaptQConfig, adaptq_bnb_config, hotswap_adapter, profile_activations
 from adaptq_peft.evaluation import measure_weight_bytes, plan_memory
 from adaptq_peft.layer import AdaptQLayer
-from adaptq_peft.precision import sensitivity_batches
+from adaptq_peft.precision import measure_block_sensitivity, sensitivity_batches
 from adaptq_peft.quantization import is_quantized, quantize_linear, resolve_quantization, settings_of
 from adaptq_peft.quantization.calibrated import mixed_calibration_batches, text
 from adaptq_peft.quantization.sensitivity import measure_sensitivity
@@ -368,6 +369,21 @@ class TestSelection:
         wrapped.save_pretrained(tmp_path)
         assert AdaptQConfig.from_pretrained(tmp_path).profile == found.profile
         assert "| block | magnitude | update | sensitivity |" in (tmp_path / "README.md").read_text()
+
+    def test_a_compiled_model_is_measured_as_it_is(self, llama, samples):
+        """Its blocks have `_orig_mod.` in their names."""
+        config = AdaptQConfig(selection_strategy="sensitivity", calibration_data=samples)
+        expected = measure_block_sensitivity(llama, find_blocks(llama), config)
+        compiled = torch.compile(llama, backend="eager")
+        assert measure_block_sensitivity(compiled, find_blocks(compiled), config) == pytest.approx(expected)
+
+    def test_what_is_left_in_16_bits_does_not_count(self, llama, samples):
+        skipping = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["mlp", "q_proj", "k_proj", "v_proj"])
+        found = []
+        for quantization in (skipping, BitsAndBytesConfig(load_in_8bit=True)):
+            config = AdaptQConfig(quantization=quantization, calibration_data=samples)
+            found.append(measure_block_sensitivity(llama, find_blocks(llama), config))
+        assert all(0 < few < all_of_them for few, all_of_them in zip(*found, strict=True))
 
     def test_it_is_the_sum_over_the_linears_of_a_block(self, llama, samples):
         fields = {"selection_strategy": "activation+sensitivity", "calibration_data": samples}

@@ -12,7 +12,7 @@ from support import fail_at_call, logits, randomize
 
 from adaptq_peft import AdaptQConfig
 from adaptq_peft.layer import AdaptQLayer
-from adaptq_peft.quantization import is_quantized
+from adaptq_peft.quantization import is_quantized, origin_of
 
 BLOCKS = {"first": [0, 1], "second": [1, 2], "third": [3]}
 RANKS = {"first": 2, "second": 4, "third": 0}  # of corrections, in TestMixedRank
@@ -375,3 +375,13 @@ class TestMixedRank:
         with pytest.raises(ValueError, match=r"is 'ties', and the adapters have low-rank corrections .*\[2, 4\]"):
             model.add_weighted_adapter(["first", "second"], [1.0, 1.0], "both", combination_type="ties", density=0.5)
         assert list(model.peft_config) == ["first", "second"]
+
+
+def test_originals_that_only_a_deleted_adapter_kept_are_freed(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    wrapped = get_peft_model(type(model).from_pretrained(tmp_path), config("first"), adapter_name="first")
+    wrapped.add_adapter("second", config("first", original_weights="checkpoint"))
+    quantized = [module for module in wrapped.modules() if is_quantized(module)]
+    assert all(origin_of(module).kept is not None for module in quantized)
+    wrapped.delete_adapter("first")
+    assert all(origin_of(module).kept is None for module in quantized)

@@ -10,6 +10,8 @@ from collections.abc import Collection, Mapping
 
 import torch
 
+#: In the names of the tensors of quantized layers, which are not trained.
+FROZEN_KEY = ".adaptq_frozen."
 _DELTA_KEY = ".adaptq_delta."
 
 

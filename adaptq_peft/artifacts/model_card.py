@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from .. import __version__
 from ..quantization import resolve_quantization
 from .certified_deltas import are_certified
+from .checkpoint import FROZEN_KEY
 
 CARD_NAME = "README.md"
 BEGIN, END = "<!-- adaptq_peft: begin -->", "<!-- adaptq_peft: end -->"
@@ -113,7 +114,8 @@ def read_weights(folder: Path) -> Weights:
         return Weights((folder / WEIGHTS_NAME).stat().st_size, None)
     try:
         with safe_open(path, "pt") as file:
-            values = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+            trained = [name for name in file.keys() if FROZEN_KEY not in name]  # noqa: SIM118
+            values = sum(math.prod(file.get_slice(name).get_shape()) for name in trained)
     except SafetensorError:  # damaged, and maybe about to be replaced: loading reports it, a card need not
         values = None
     return Weights(path.stat().st_size, values)
@@ -267,6 +269,8 @@ def _quantization(quantization: Any, precision: Mapping[str, str] | None) -> str
     if not isinstance(quantization, Mapping) or quantization.get("quant_method") == "hqq":
         hqq = resolve_quantization(quantization)
         return "not quantized" if hqq is None else f"linears by {hqq.describe()}; codes in the adapter file"
+    if quantization.get("quant_method") == "gptq":
+        return f"linears by {resolve_quantization(quantization).describe()}, as the base has them"  # type: ignore[union-attr, arg-type]
     kind = "load_in_4bit" if quantization.get("load_in_4bit") else "load_in_8bit"
     prefix = "bnb_4bit_" if kind == "load_in_4bit" else "llm_int8_"
     settings = [f"{key}={value}" for key, value in sorted(quantization.items()) if key.startswith(prefix)]

@@ -19,9 +19,9 @@ from ..config import AdaptQConfig
 from ..layer import AdaptQLayer
 from ..module_names import base_name, is_inside_a_wrapper
 from ..quantization import is_quantized, load_quantized, origin_of, resolve_quantization, settings_of
+from .checkpoint import FROZEN_KEY
 
 PREFIX = "base_model.model."
-_KEY = ".adaptq_frozen."
 
 
 def saves_quantized(config: AdaptQConfig) -> bool:
@@ -39,7 +39,7 @@ def quantized_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Te
     """
     prefix = PREFIX if isinstance(model, PeftModel) else ""  # transformers' `add_adapter`: it adds the prefix itself
     return {
-        f"{prefix}{name}{_KEY}{key}": tensor
+        f"{prefix}{name}{FROZEN_KEY}{key}": tensor
         for name, layer in _quantized_layers(model, adapter_name)
         for key, tensor in layer.state_dict().items()
     }
@@ -50,7 +50,7 @@ def split_quantized(state_dict: Mapping[str, torch.Tensor]) -> tuple[dict[str, t
     others: dict[str, torch.Tensor] = {}
     quantized: dict[str, Any] = {}
     for key, tensor in state_dict.items():
-        name, separator, rest = key.rpartition(_KEY)
+        name, separator, rest = key.rpartition(FROZEN_KEY)
         if separator:
             # Twice in files of transformers' `save_pretrained` from before it was left to add the prefix.
             quantized.setdefault(name.removeprefix(PREFIX).removeprefix(PREFIX), {})[rest] = tensor

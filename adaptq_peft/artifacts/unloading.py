@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from ..config import AdaptQConfig
 from ..layer import AdaptQLayer, wrap_layer
 from ..module_names import base_name, is_inside_a_wrapper
 from ..quantization import (
@@ -16,6 +17,7 @@ from ..quantization import (
     follow_cast,
     forget_arrival,
     is_quantized,
+    origin_of,
     quantization_on_arrival,
     quantize_linear,
     settings_of,
@@ -168,13 +170,18 @@ def put_unloaded_linears(model: nn.Module, built: dict[str, nn.Module], form: st
         forget_arrival(model)
 
 
-def drop_unneeded_forms(model: nn.Module, adapters: list[str]) -> None:
+def drop_unneeded_forms(model: nn.Module, remaining: Mapping[str, AdaptQConfig]) -> None:
     """After an adapter was deleted, drop the original weights, quantized copies and wrappers that only it needed.
 
     Args:
         model: the model.
-        adapters: names of the remaining adapters.
+        remaining: name -> config of the remaining adapters. If there is none, kept weights stay for `unload()`.
     """
+    adapters = list(remaining)
+    if remaining and not any(config.original_weights == "keep" for config in remaining.values()):
+        for module in model.modules():
+            if is_quantized(module) and origin_of(module).kept is not None:
+                module.adaptq_origin = replace(origin_of(module), kept=None)  # type: ignore[assignment]
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, AdaptQLayer):
             continue

@@ -47,8 +47,8 @@ def combined_config(configs: Sequence[AdaptQConfig], combination_type: str) -> A
     Its corrections have the sum of their ranks, so that they hold the sum of the others'.
 
     Raises:
-        ValueError: if the adapters differ in which layers of a block they adapt, or have low-rank corrections and the
-            combination is not "linear".
+        ValueError: if the adapters differ in which layers of a block they adapt, train rows of embeddings, or have
+            low-rank corrections and the combination is not "linear".
     """
     ranks = [config.frozen_rank for config in configs]
     if any(ranks) and combination_type != "linear":
@@ -63,6 +63,11 @@ def combined_config(configs: Sequence[AdaptQConfig], combination_type: str) -> A
                 f"the adapters to combine have different {name}: {[getattr(config, name) for config in configs]}; "
                 "only adapters of the same layers can be combined"
             )
+    if first.trainable_token_indices:
+        raise ValueError(
+            "the adapters to combine train rows of embeddings, which can't be combined and would be lost "
+            f"(trainable_token_indices={first.trainable_token_indices}); combine adapters without them"
+        )
     config = copy.deepcopy(first)
     blocks = {index for other in configs for index in other.layers_to_transform or []}  # type: ignore[union-attr]
     config.layers_to_transform = sorted(blocks) or None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,11 +82,13 @@ class RunStore:
         read = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.folder.glob("*.json"))]
         return [r for r in read if all(r["depends_on"].get(name) == value for name, value in self.identity.items())]
 
-    def searched(self, method: Method, samples: int, seed: int) -> list[Record]:
-        """What a method gave with each learning rate that has been tried, by rate, in whichever call."""
-        alike = self._depends_on(Run(method, samples, 0.0, seed))
-        tried = [record for record in self.records() if {**record["depends_on"], "rate": 0.0} == alike]
-        return sorted(tried, key=lambda record: record["rate"])
+    def searched(self, method: Method, samples: int) -> dict[int, list[Record]]:
+        """For each seed what a method gave with each learning rate that has been tried, by rate, in whichever call."""
+        alike, by_seed = self._depends_on(Run(method, samples, 0.0, 0)), defaultdict(list)
+        for record in self.records():
+            if {**record["depends_on"], "rate": 0.0, "seed": 0} == alike:
+                by_seed[record["seed"]].append(record)
+        return {seed: sorted(records, key=lambda record: record["rate"]) for seed, records in by_seed.items()}
 
     def timed(self, method: Method) -> dict[str, float] | None:
         """The seconds of the parts of some finished run that trained as a method does, or `None`."""

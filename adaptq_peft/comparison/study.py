@@ -150,9 +150,21 @@ class _Study:
     def search(self, method: Method, samples: int) -> list[Record]:
         """What all rates gave that a method was tried with; empty while those of this call are not done."""
         run = self._run(method, samples, 0.0, self.settings.seeds[0])
-        found = self.store.searched(method, run.samples, run.seed)
-        asked = method.rates(self.settings.rates) if method in self.methods else ()
-        return found if {record["rate"] for record in found}.issuperset(asked) else []
+        found = self.store.searched(method, run.samples).get(run.seed, [])
+        return found if self._is_done(method, samples, found) else []
+
+    def reported(self, method: Method, samples: int) -> list[Record]:
+        """As `search`, with the seed that most rates were tried with: a call with another one adds to the tables."""
+        run = self._run(method, samples, 0.0, self.settings.seeds[0])
+        found = self.store.searched(method, run.samples)
+        if run.seed in found and not self._is_done(method, samples, found[run.seed]):
+            del found[run.seed]
+        return max(found.values(), key=lambda tried: (len(tried), tried[0]["seed"] == run.seed), default=[])
+
+    def _is_done(self, method: Method, samples: int, found: list[Record]) -> bool:
+        """Whether all rates of this call have been tried, if it asks for this method and size."""
+        is_asked = method in self.methods and (samples in self.settings.samples or not method.is_trained)
+        return not is_asked or {record["rate"] for record in found}.issuperset(method.rates(self.settings.rates))
 
     def missing(self) -> Iterator[list[Run]]:
         """Groups of runs that share a training and have not finished; rates to be chosen stand in as the first."""
@@ -170,7 +182,12 @@ class _Study:
         for runs in groups:
             training = runs[0].method.training
             if training not in prices:
-                prices[training] = self._price(runs[0])
+                try:
+                    prices[training] = self._price(runs[0])
+                except Exception as error:  # its training will say so, too, and cost the others nothing
+                    prices[training] = Price(0.0, 0.0)
+                    failure = f"{runs[0].method.name} could not be timed: {type(error).__name__}: {error}"
+                    self.console.print(failure, style="red", markup=False, highlight=False)
         return estimate(groups, prices, seconds_a_token(self.measurements) if groups else 0.0, self.settings)
 
     def run(self) -> None:
@@ -183,7 +200,7 @@ class _Study:
 
     def report(self) -> list[Row]:
         """Write the tables of all finished runs in the folder with this model, these texts and these settings."""
-        rows = summarize(self.store, self.search)
+        rows = summarize(self.store, self.reported)
         about = {**self.store.identity, "environment": _environment(), "training_samples": len(self.windows)}
         write_tables(self.settings.output_dir, rows, about)
         return rows

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..config import AdaptQConfig
 from ..demo.training import StepReport, train
 from ..preservation import PreservationCallback, fit_to_budget
+from ..preservation.documents import LossNotFiniteError
 from .measure import Load, Measurements, finite, report_figures, training_memory
 from .methods import Inputs, Method, quantize_lower_blocks
 from .records import Record, Run
@@ -149,8 +150,12 @@ def results(
             yield run, {**_about(trained), **_DIVERGED}
             continue
         kept = _copies(trained.model) if run.method.finish and run is not ordered[-1] else {}
-        with trained.timed("finish"):
-            model, untrained, about = _FINISHES[run.method.finish](trained.model, load, measurements, settings)
+        try:
+            with trained.timed("finish"):
+                model, untrained, about = _FINISHES[run.method.finish](trained.model, load, measurements, settings)
+        except LossNotFiniteError:  # the last step may have broken it, after its loss
+            yield run, {**_about(trained), **_DIVERGED}
+            continue
         with trained.timed("evaluation"):
             record = _measure(model, untrained, measurements)
         if run.method.is_scaled:

@@ -91,6 +91,7 @@ def train(
             optim="adamw_torch",
             seed=seed,
             logging_steps=1,
+            logging_nan_inf_filter=False,  # else a loss that is not a number is logged as 0
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,

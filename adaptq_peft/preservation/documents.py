@@ -230,11 +230,15 @@ def check_positions(model: nn.Module, documents: Documents) -> None:
         )
 
 
+class LossNotFiniteError(ValueError):
+    """The loss of a model is not a finite number on some document."""
+
+
 def check_finite(losses: DocumentLosses, name: str) -> None:
-    """Raise ValueError naming the first document whose loss is not a finite number."""
+    """Raise LossNotFiniteError naming the first document whose loss is not a finite number."""
     broken = np.flatnonzero(~np.isfinite(losses.nll))
     if len(broken):
-        raise ValueError(
+        raise LossNotFiniteError(
             f"the loss of the {name} is {losses.nll[broken[0]]} on document {broken[0]} ({len(broken)} of "
             f"{len(losses.nll)} documents are not finite): its weights or activations overflow"
         )

@@ -144,6 +144,11 @@ def _logits(model: nn.Module, output: Any) -> Tensor:
             f"the output of {type(model).__name__} has no logits, so there is no loss whose rise could be predicted. "
             "Use a model with a head, or a quantization and a selection_strategy that need no sensitivities."
         )
+    if logits.shape[-1] == 1:
+        raise ValueError(
+            f"{type(model).__name__} gives one logit, a score, so there are no predictions whose loss could rise. Use "
+            "a quantization and a selection_strategy that need no sensitivities."
+        )
     return logits
 
 

@@ -228,7 +228,7 @@ def _other_inputs(sample: Mapping[str, Any], tokens: list[int], model: nn.Module
     tensors = {key: value[:max_length] if value.ndim == 1 else value for key, value in tensors.items()}
     for key in ("labels", "decoder_input_ids"):
         if key in tensors and "decoder_attention_mask" in accepted:
-            tensors.setdefault("decoder_attention_mask", torch.ones_like(tensors[key]))
+            tensors.setdefault("decoder_attention_mask", (tensors[key] != -100).long())  # what the loss leaves out
     return tensors
 
 
@@ -281,6 +281,13 @@ def _take_from_loader(loader: DataLoader, samples: int) -> Iterator[Batch]:
                 f"the calibration DataLoader yields a {type(batch).__name__}; each batch must be a dict of tensors, "
                 "as model(**batch) takes it"
             )
-        size = min(batch_sample_count(dict(batch)), samples - taken)
+        count = batch_sample_count(dict(batch))
+        size = min(count, samples - taken)
         taken += size
-        yield {key: value[:size] if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+        yield dict(batch) if size == count else {key: _first(value, size, count) for key, value in batch.items()}
+
+
+def _first(value: Any, size: int, count: int) -> Any:
+    """The first samples of a tensor with one row a sample; image patches and the like stay whole."""
+    is_by_sample = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == count
+    return value[:size] if is_by_sample else value

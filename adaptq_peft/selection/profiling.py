@@ -207,7 +207,15 @@ class _RunningSums:
         return self.blocks[min(self._not_run)].name
 
     def _sample_means(self, values: torch.Tensor) -> torch.Tensor:
-        """Mean over the real tokens of each sample: [samples, tokens] to [samples]."""
+        """Mean over the real tokens of each sample: [samples, tokens] to [samples].
+
+        Some models have tokens first (XLNet), or several streams of hidden states before the samples (Gemma 3n).
+        """
+        shapes = {mask.shape for mask in self._masks}
+        if values.shape[1:] in shapes:
+            values = values.mean(dim=0)
+        elif values.ndim == 2 and values.shape not in shapes and values.t().shape in shapes:
+            values = values.t()
         mask = next((m for m in self._masks if m.shape == values.shape), None)
         if mask is None:
             return values.flatten(1).mean(dim=1)

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArg
 
 import adaptq_peft
 from adaptq_peft import AdaptQConfig, update_model_card
+from adaptq_peft.artifacts import model_card
 from adaptq_peft.artifacts.model_card import ADAPTER_PLACEHOLDER, BEGIN, CERTIFIED, END
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
@@ -248,3 +249,16 @@ def test_trainer_checkpoints_the_final_model_and_its_own_card(adapted, batch, tm
     text = (folder / CARD).read_text()
     assert "generated automatically according to the information the Trainer had access to" in text
     assert json.loads((folder / CONFIG).read_text())["peft_type"] == "ADAPTQ"
+
+
+def test_codes_in_the_file_are_no_trained_parameters(adapted, samples, tmp_path):
+    model = adapted(quantization_calibration="absmax")
+    model.save_pretrained(tmp_path / "adapter")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert row(section(tmp_path / "adapter"), "trained parameters")[1] == f"{trained:,}"
+
+
+def test_a_base_in_gptq_is_named():
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+    described = model_card._quantization(config, None)
+    assert described == "linears by gptq in 4 bits, groups of 128, as the base has them"

@@ -98,3 +98,11 @@ def test_modules_that_one_adapter_trains_whole_come_along_and_shared_ones_are_re
     assert torch.equal(saved["new"].weight, saved["default"].weight)
     with pytest.raises(ValueError, match="if they target the same module with modules_to_save, but found 1 such"):
         wrapped.add_weighted_adapter(["default", "new"], [1.0, 1.0], "another")
+
+
+def test_trained_rows_of_embeddings_are_refused(llama):
+    wrapped = get_peft_model(llama, config([1], trainable_token_indices=[3]))
+    wrapped.add_adapter("second", config([1], trainable_token_indices=[3]))
+    with pytest.raises(ValueError, match=r"train rows of embeddings, .*\(trainable_token_indices=\[3\]\); combine"):
+        wrapped.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both")
+    assert "both" not in wrapped.peft_config

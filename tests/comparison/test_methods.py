@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -155,10 +156,20 @@ def test_diverged_training_is_recorded_not_raised(load, windows, measurements, s
     ((_, measured),) = results(trained, [run], load, measurements, settings(), save_nothing)
     trained.losses = [float("inf")]
     ((_, seen_in_training),) = results(trained, [run], load, measurements, settings(), save_nothing)
-    for record in (measured, seen_in_training):
+    broken = train_run(run_of("lora", rate=1e30), *arguments, steps=2)
+    runs = [run_of("lora"), run_of("lora-budget"), run_of("lora-quantize")]
+    finished = [record for _, record in results(broken, runs, load, measurements, settings(), save_nothing)]
+    assert len(finished) == 3
+    for record in (measured, seen_in_training, *finished):
         assert record["failure"] == "its loss is not a finite number"
         assert record["validation"] == {"domain": None, "general": None}
         assert record["test"] is None
+
+
+def test_a_loss_that_is_not_a_number_is_recorded_as_such(load, windows, measurements, settings, untrained):
+    arguments = (load, windows, measurements, settings(), lambda step, loss: None, untrained)
+    losses = train_run(run_of("lora", rate=1e30), *arguments, steps=3).losses
+    assert [math.isfinite(loss) for loss in losses] == [True, True, False]  # the first step is of the warmup
 
 
 def test_kappatune_adapts_the_fifth_of_the_linears_with_the_lowest_condition_numbers(load):

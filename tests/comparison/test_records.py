@@ -56,8 +56,10 @@ def test_search_has_all_rates_of_the_method_the_size_and_the_seed(store):
     for rate in (2e-3, 1e-3):
         store.save(run_of("adaptq-50", rate=rate), {"losses": [rate]})
     (method,) = resolve_methods(["ratio-50"])  # the same one
-    assert [record["losses"] for record in store.searched(method, 8, 0)] == [[1e-3], [2e-3]]
-    assert store.searched(method, 8, 1) == []
+    assert {seed: [r["losses"] for r in found] for seed, found in store.searched(method, 8).items()} == {
+        0: [[1e-3], [2e-3]]
+    }
+    assert list(store.searched(resolve_methods(["lora"])[0], 8)) == [1]
 
 
 def test_run_killed_while_it_is_written_leaves_nothing_that_is_found(store, monkeypatch):

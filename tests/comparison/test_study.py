@@ -51,7 +51,7 @@ class FakeTraining:
     def train_run(self, run, *arguments, steps=None):
         if self.stop_at == len(self.ran):
             raise KeyboardInterrupt
-        if self.failing == run.method.name and steps is None:
+        if self.failing == run.method.name:
             raise RuntimeError("no such luck")
         (self.trained if steps is None else self.timed).append(str(run))
         return Trained(None, MEMORY, [3.0], {"build": 1.0, "step": 0.5})
@@ -109,6 +109,17 @@ def test_stopped_study_goes_on_where_it_was(fake, study):
     fake.ran = []
     assert study(methods=("lora", "full"), seeds=(0, 1)) == rows
     assert fake.ran == []
+
+
+def test_other_calls_add_to_the_tables(fake, study):
+    study(methods=("lora", "lora-qv"), samples=(8,), rates=(1e-3, 2e-3))
+    for changes in ({"samples": (16,), "rates": (4e-3,)}, {"samples": (8,), "rates": (1e-3,), "seeds": (1,)}):
+        rows = study(methods=("lora",), **{"seeds": (0,), **changes})
+    assert [(row.method, row.samples, row.rate, row.num_seeds) for row in rows] == [
+        ("lora-qv", 8, 1e-3, 1),
+        ("lora", 8, 1e-3, 2),
+        ("lora", 16, 4e-3, 1),
+    ]
 
 
 def test_other_weights_in_the_same_folder_are_another_model(fake, settings, checkpoint, texts, console, tmp_path):
@@ -198,7 +209,7 @@ def test_failed_training_does_not_cost_the_others(fake, study, console, tmp_path
     with pytest.raises(StudyError, match=r"2 trainings failed:\nfull, N=8, .*RuntimeError: no such luck"):
         study(methods=("full", "lora"))
     assert [row["method"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]] == ["lora"]
-    assert "no such luck" in console.file.getvalue()
+    assert "full could not be timed: RuntimeError: no such luck" in console.file.getvalue()
 
 
 def test_dry_run_prints_the_price_and_trains_nothing(fake, study, console, tmp_path):

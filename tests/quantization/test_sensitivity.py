@@ -9,6 +9,7 @@ import statistics
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaForSequenceClassification
 
 from adaptq_peft.quantization import quantize_linear
 from adaptq_peft.quantization.precision_plan import PRECISIONS
@@ -52,6 +53,13 @@ def sharp(request, make_model):
             if parameter.ndim == 2:
                 parameter.mul_(3.0 if "layers" in name or ".h." in name else 6.0)
     return model
+
+
+def test_a_score_has_no_predictions(make_model):
+    model = LlamaForSequenceClassification(make_model(num_labels=1, pad_token_id=0).config)
+    message = "LlamaForSequenceClassification gives one logit, a score, so there are no predictions"
+    with pytest.raises(ValueError, match=message):
+        measure_sensitivity(model, candidates_of(model, forms=("nf4",)), sequences(1))
 
 
 def test_predictions_are_near_what_is_measured_for_each_linear_and_for_all(sharp):

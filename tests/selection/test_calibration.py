@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from support import tiny_t5
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -195,6 +196,21 @@ def test_the_model_writes_its_own_text_and_is_left_as_it_was(llama):
     assert write_calibration_samples(llama, count=5, length=9) == written
     for sample in written:  # a sample ends with the token that ends it
         assert 2 not in sample["input_ids"][1:-1]
+
+
+def test_a_loaders_batch_is_cut_by_its_samples_alone(llama):
+    batch = {"input_ids": torch.ones(3, 2), "pixel_values": torch.ones(12, 5), "num_items_in_batch": torch.tensor(6)}
+    loader = DataLoader([batch, batch], batch_size=None)
+    whole, part = calibration_batches(llama, loader, samples=4, max_length=8, batch_size=8)
+    assert all(whole[key] is value for key, value in batch.items())
+    assert {key: len(part[key]) for key in ("input_ids", "pixel_values")} == {"input_ids": 1, "pixel_values": 12}
+    assert part["num_items_in_batch"] == 6
+
+
+def test_labels_that_the_loss_leaves_out_are_no_tokens():
+    samples = [{"input_ids": [5, 6, 7], "labels": [8, 9, -100]}, {"input_ids": [5, 6, 7], "labels": [8]}]
+    (batch,) = calibration_batches(tiny_t5(), samples, samples=2, max_length=8, batch_size=2)
+    assert batch["decoder_attention_mask"].tolist() == [[1, 1, 0], [1, 0, 0]]
 
 
 def test_it_writes_so_many_at_once_as_fit_in_memory(llama, monkeypatch):

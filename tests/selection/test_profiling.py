@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import XLNetConfig, XLNetLMHeadModel
 
 from adaptq_peft import profile_activations
 from adaptq_peft.selection import find_blocks
@@ -183,3 +184,21 @@ def test_a_list_of_blocks_that_does_not_run(llama, samples):
     llama.extra = nn.ModuleList([nn.Sequential(nn.Linear(64, 64))])
     with pytest.raises(ValueError, match=r"the block extra\.0 did not run in a forward pass of LlamaForCausalLM"):
         profile_activations(llama, samples, layers_pattern="extra")
+
+
+def test_hidden_states_with_tokens_first_or_in_streams_are_known_by_their_mask(llama):
+    sums = _RunningSums(find_blocks(llama))
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    sums.begin({"input_ids": mask, "attention_mask": mask})
+    values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 100.0, 100.0]])
+    for given in (values, values.t(), torch.stack([values - 1, values + 1])):
+        assert sums._sample_means(given).tolist() == [2.0, 4.0]
+
+
+def test_xlnet_has_tokens_first(samples):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "d_model": 32, "n_layer": 3, "n_head": 2, "d_inner": 32}
+    model = XLNetLMHeadModel(XLNetConfig(**sizes))
+    one, many = (profile_activations(model, samples[:12], batch_size=size) for size in (1, 6))
+    assert many.update == pytest.approx(one.update, rel=0.05)  # padding is attended to a little
+    assert many.magnitude == pytest.approx(one.magnitude, rel=0.05)

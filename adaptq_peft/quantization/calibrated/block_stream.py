@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...offloading import input_device
 from ...selection import Block
 
 Batch = dict[str, Any]
@@ -69,7 +70,7 @@ class BlockStream:
         """
         stream = cls([], [_mask(batch) for batch in batches], {block.name: [] for block in blocks})
         recorders = [(b.module, stream._recorder(b, b is blocks[0], purpose, without)) for b in blocks]
-        device = next(model.parameters()).device
+        device = input_device(model)
         extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
         with _hooks(recorders, blocks[-1].module):
             for batch in batches:

@@ -116,8 +116,8 @@ def quantize_calibrated(
         method: how to round.
 
     Raises:
-        ValueError: if `settings` is not about 4 bits by bitsandbytes, there are no batches, or a block can't be run
-            by itself.
+        ValueError: if `settings` is not about 4 bits by bitsandbytes, there are no batches, a weight is offloaded, or
+            a block can't be run by itself.
     """
     if settings.bits != 4 or settings.backend != "bitsandbytes":
         raise ValueError(
@@ -126,6 +126,12 @@ def quantize_calibrated(
         )
     if not batches:
         raise ValueError("calibrated quantization needs calibration batches, and there are none")
+    offloaded = [name for name, linear in linears.items() if linear.get_parameter("weight").is_meta]
+    if offloaded:
+        raise ValueError(
+            f"the weights of {len(offloaded)} linears are not in memory, the first is {offloaded[0]}: they are "
+            "offloaded; calibrated quantization needs all of them. Set quantization_calibration=None."
+        )
     result = CalibratedLinears()
     wanted = _calibratable(linears, result)
     with evaluation_mode(model), torch.no_grad():
