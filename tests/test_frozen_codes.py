@@ -68,9 +68,7 @@ def test_save_and_load_give_the_same_codes_without_calibrating(model, samples, b
 def test_offloaded_blocks_are_refused_and_the_model_left_as_it_was(llama, samples, batch):
     expected = logits(llama, batch)
     offloaded = cpu_offload(llama, execution_device="cpu")
-    with pytest.raises(
-        ValueError, match=r"weights of 14 linears are not in memory, .*: they are offloaded"
-    ):
+    with pytest.raises(ValueError, match=r"weights of 14 linears are not in memory, .*: they are offloaded"):
         get_peft_model(offloaded, config(samples))
     assert torch.equal(logits(offloaded, batch), expected)
 

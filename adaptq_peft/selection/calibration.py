@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -58,8 +59,9 @@ def calibration_batches(
         else:
             drawn = draw_samples(data, samples)
         encoded = [_encode(sample, index, model, tokenizer, max_length) for index, sample in enumerate(drawn)]
-        encoded.sort(key=lambda sample: len(sample["input_ids"]) if "input_ids" in sample else 0)
-        batches = [_collate(encoded[i : i + batch_size]) for i in range(0, len(encoded), batch_size)]
+        encoded.sort(key=lambda sample: (sorted(sample), len(sample["input_ids"]) if "input_ids" in sample else 0))
+        alike = [list(group) for _, group in groupby(encoded, key=sorted)]  # with an image apart from without
+        batches = [_collate(group[i : i + batch_size]) for group in alike for i in range(0, len(group), batch_size)]
     if not batches:
         raise ValueError(
             f"The calibration data ({type(data).__name__}) holds no samples. Give at least one text; 50 to 100 are "
@@ -252,7 +254,7 @@ def _collate(samples: list[Batch]) -> Batch:
         return default_collate(samples)
     tokens = [torch.tensor(sample["input_ids"]) for sample in samples]
     batch = {"input_ids": _pad(tokens, 0), "attention_mask": _pad([torch.ones_like(row) for row in tokens], 0)}
-    for key in set.intersection(*(set(sample) for sample in samples)) - batch.keys():
+    for key in samples[0].keys() - batch.keys():
         rows = [sample[key] for sample in samples]
         if rows[0].ndim != 1 and len({row.shape for row in rows}) > 1:
             raise ValueError(

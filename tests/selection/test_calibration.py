@@ -114,15 +114,13 @@ def test_what_the_model_takes_besides_tokens_comes_along_padded():
     assert batch.keys() == {"input_ids", "attention_mask", "token_type_ids"}
 
 
-def test_other_inputs_of_different_shapes_or_of_some_samples_only():
+def test_other_inputs_of_different_shapes():
     model = nn.Module()
     model.forward = lambda input_ids, pixel_values=None: None
     with pytest.raises(
         ValueError, match=r"hold 'pixel_values' of different shapes: \[\(1, 2\), \(1, 3\)\]\. Give a Data"
     ):
         batches(model, [{"input_ids": [1], "pixel_values": torch.ones(1, n)} for n in (2, 3)])
-    (batch,) = batches(model, [{"input_ids": [1], "pixel_values": torch.ones(1, 2)}, {"input_ids": [1]}])
-    assert batch.keys() == {"input_ids", "attention_mask"}
 
 
 def test_a_decoder_reads_the_labels_or_else_the_tokens():
@@ -205,6 +203,21 @@ def test_a_loaders_batch_is_cut_by_its_samples_alone(llama):
     assert all(whole[key] is value for key, value in batch.items())
     assert {key: len(part[key]) for key in ("input_ids", "pixel_values")} == {"input_ids": 1, "pixel_values": 12}
     assert part["num_items_in_batch"] == 6
+
+
+class Seeing(nn.Module):
+    def forward(self, input_ids, attention_mask=None, pixel_values=None):
+        raise NotImplementedError
+
+
+def test_samples_with_an_image_and_without_are_batches_of_their_own():
+    texts = [{"input_ids": [5] * length} for length in (2, 4)]
+    images = [{"input_ids": [5] * length, "pixel_values": torch.ones(3, 2, 2)} for length in (3, 1)]
+    batches = calibration_batches(Seeing(), [*texts, *images], samples=4, max_length=8, batch_size=4)
+    assert [(sorted(batch), batch["attention_mask"].sum(1).tolist()) for batch in batches] == [
+        (["attention_mask", "input_ids"], [2, 4]),
+        (["attention_mask", "input_ids", "pixel_values"], [1, 3]),
+    ]
 
 
 def test_labels_that_the_loss_leaves_out_are_no_tokens():
