@@ -359,6 +359,22 @@ class AdaptQTuner(BaseTuner):
         """
         return self._unload_and_optionally_merge(False, frozen=frozen)
 
+    def _check_merge_allowed(self) -> None:
+        """As in other tuners, and no delta may be merged into a weight that other modules have, too."""
+        super()._check_merge_allowed()
+        owners: dict[int, list[str]] = {}
+        for name, module in self.model.named_modules():
+            for parameter in module.parameters(recurse=False):
+                owners.setdefault(id(parameter), []).append(base_name(name))
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, AdaptQLayer) and layer.adaptq_delta:
+                for own in layer.base_layer.parameters(recurse=False):
+                    if len(owners[id(own)]) > 1:
+                        raise ValueError(
+                            f"can't merge: a weight of {base_name(name)} is shared by {owners[id(own)]}, which would "
+                            "all get its delta. Use the model with its adapter, or exclude_modules when it is made"
+                        )
+
     def _unload_and_optionally_merge(  # type: ignore[override]
         self,
         merge: bool = True,
@@ -369,7 +385,9 @@ class AdaptQTuner(BaseTuner):
     ) -> Any:
         """As in other tuners. Packed weights without a quantization_config would save to what can't be loaded."""
         form = resolve_unloaded_form(self.model, frozen, merge)
-        if not merge:
+        if merge:
+            self._check_merge_allowed()
+        else:
             self.unmerge_adapter()
         revision = next((config.revision for config in self._configs.values()), None)
         seen = seen_quantized(self.model, adapter_names, merge)

@@ -89,9 +89,15 @@ def loaded_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def dtype_now(model: nn.Module) -> torch.dtype | None:
-    """The dtype of a model's input embeddings: it follows `model.to(...)`, and `prepare_model_for_kbit_training`."""
+    """The dtype of a model's input embeddings: it follows `model.to(...)`, and `prepare_model_for_kbit_training`.
+
+    `None` for a model that has none, or several (CLIP).
+    """
     find: Any = getattr(model, "get_input_embeddings", lambda: None)
-    weight = getattr(find(), "weight", None)
+    try:
+        weight = getattr(find(), "weight", None)
+    except NotImplementedError:
+        return None
     return weight.dtype if isinstance(weight, torch.Tensor) and weight.is_floating_point() else None
 
 

@@ -113,3 +113,17 @@ def test_frozen_blocks_can_stay_quantized(llama, batch):
 def test_an_unknown_form(llama):
     with pytest.raises(ValueError, match=r"frozen is 'plain'; allowed: None or one of \['dequantized', 'original',"):
         get_peft_model(llama, config()).merge_and_unload(frozen="plain")
+
+
+def test_a_delta_on_a_weight_that_other_blocks_have_is_not_merged(llama, batch):
+    layers = llama.model.layers
+    layers[1].mlp.up_proj.weight = layers[3].mlp.up_proj.weight
+    wrapped = get_peft_model(llama, config())
+    randomize(wrapped)
+    expected = logits(wrapped, batch)
+    message = r"a weight of model\.layers\.3\.mlp\.up_proj is shared by \['model\.layers\.1\.mlp\.up_proj', 'model"
+    for merge in (wrapped.merge_adapter, wrapped.merge_and_unload):
+        with pytest.raises(ValueError, match=message):
+            merge()
+    assert torch.equal(logits(wrapped, batch), expected)
+    assert wrapped.unload() is llama
