@@ -47,7 +47,7 @@ from .frozen_codes import calibration, check_calibrated_before, check_kept_codes
 from .frozen_prefix import FrozenPrefix
 from .layer import AdaptQLayer, create_layer, wrap_layer
 from .mixed_batch import mixed_batch
-from .module_names import base_name
+from .module_names import base_name, is_of_an_adapter
 from .offloading import kept_on_device
 from .plan import AdapterPlan, make_plan
 from .quantization import gradients_kept_on_cpu, named_checkpoint, resolve_quantization, skip_when_quantizing
@@ -364,7 +364,7 @@ class AdaptQTuner(BaseTuner):
         super()._check_merge_allowed()
         owners: dict[int, list[str]] = {}
         for name, module in self.model.named_modules():
-            for parameter in module.parameters(recurse=False):
+            for parameter in () if is_of_an_adapter(name) else module.parameters(recurse=False):
                 owners.setdefault(id(parameter), []).append(base_name(name))
         for name, layer in self.model.named_modules():
             if isinstance(layer, AdaptQLayer) and layer.adaptq_delta:
