@@ -284,12 +284,8 @@ def _take_from_loader(loader: DataLoader, samples: int) -> Iterator[Batch]:
                 "as model(**batch) takes it"
             )
         count = batch_sample_count(dict(batch))
-        size = min(count, samples - taken)
+        rows = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor) and value.ndim > 0}
+        # Patches of images are not to be told apart by sample: such a batch is taken whole.
+        size = min(count, samples - taken) if all(len(value) == count for value in rows.values()) else count
         taken += size
-        yield dict(batch) if size == count else {key: _first(value, size, count) for key, value in batch.items()}
-
-
-def _first(value: Any, size: int, count: int) -> Any:
-    """The first samples of a tensor with one row a sample; image patches and the like stay whole."""
-    is_by_sample = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == count
-    return value[:size] if is_by_sample else value
+        yield {key: value[:size] if key in rows and size < count else value for key, value in batch.items()}

@@ -196,13 +196,14 @@ def test_the_model_writes_its_own_text_and_is_left_as_it_was(llama):
         assert 2 not in sample["input_ids"][1:-1]
 
 
-def test_a_loaders_batch_is_cut_by_its_samples_alone(llama):
-    batch = {"input_ids": torch.ones(3, 2), "pixel_values": torch.ones(12, 5), "num_items_in_batch": torch.tensor(6)}
-    loader = DataLoader([batch, batch], batch_size=None)
-    whole, part = calibration_batches(llama, loader, samples=4, max_length=8, batch_size=8)
-    assert all(whole[key] is value for key, value in batch.items())
-    assert {key: len(part[key]) for key in ("input_ids", "pixel_values")} == {"input_ids": 1, "pixel_values": 12}
-    assert part["num_items_in_batch"] == 6
+def test_a_loaders_batch_is_cut_where_all_of_it_is_by_sample(llama):
+    batch = {"input_ids": torch.ones(3, 2), "labels": torch.ones(3, 2), "num_items_in_batch": torch.tensor(6)}
+    for image, sizes in (({}, [3, 1]), ({"pixel_values": torch.ones(12, 5)}, [3, 3])):
+        loader = DataLoader([{**batch, **image}] * 3, batch_size=None)
+        found = calibration_batches(llama, loader, samples=4, max_length=8, batch_size=8)
+        assert [len(each["input_ids"]) for each in found] == [len(each["labels"]) for each in found] == sizes
+        assert all(each["num_items_in_batch"] == 6 for each in found)
+        assert all(len(each["pixel_values"]) == 12 for each in found if image)
 
 
 class Seeing(nn.Module):
