@@ -75,6 +75,7 @@ def combined_config(configs: Sequence[AdaptQConfig], combination_type: str) -> A
     config.modules_to_save = sorted(saved) or None
     config.base_fingerprint = None  # it depends on the blocks; made again
     config.evaluation = config.certificate = None  # measured on the others
+    config.profile, config.selection_strategy = None, "update"  # no rule has chosen the blocks of all
     # The default scale; the factors are filled in by combine_corrections.
     config.frozen_rank, config.frozen_alpha, config.frozen_rank_init = sum(ranks), None, "zero"
     return config

@@ -106,3 +106,13 @@ def test_trained_rows_of_embeddings_are_refused(llama):
     with pytest.raises(ValueError, match=r"train rows of embeddings, .*\(trainable_token_indices=\[3\]\); combine"):
         wrapped.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both")
     assert "both" not in wrapped.peft_config
+
+
+def test_no_rule_is_said_to_have_chosen_the_blocks_of_all(llama, samples, tmp_path):
+    fields = {"task_type": "CAUSAL_LM", "num_adapted_blocks": 1, "quantization": "none"}
+    wrapped = get_peft_model(llama, AdaptQConfig(**fields, selection_strategy="activation", calibration_data=samples))
+    wrapped.add_adapter("second", AdaptQConfig(**fields, selection_strategy="first"))
+    wrapped.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both")
+    wrapped.save_pretrained(tmp_path, selected_adapters=["both"])
+    (line,) = [each for each in (tmp_path / "both" / "README.md").read_text().splitlines() if "adapted blocks" in each]
+    assert "given by index" in line
