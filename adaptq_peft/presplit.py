@@ -16,6 +16,7 @@ from .block_forms import linears_with_reasons
 from .config import AdaptQConfig
 from .plan import choose_blocks
 from .quantization import QuantizationSettings, resolve_quantization
+from .quantization.arrival import loaded_dtype
 from .selection import Block, find_blocks, strategy_needs_profile
 from .skeleton import build_skeleton
 from .targets import is_excluded
@@ -71,7 +72,7 @@ def adaptq_bnb_config(
     left = _left_linears(skeleton, frozen, settings, adapter_config)
     left += [name for name, precision in plan.items() if precision == "none"]
     skipped += [name.removeprefix(f"{prefix}.") for name in left]
-    compute_dtype = settings.compute_dtype or dtype or _config_dtype(skeleton)
+    compute_dtype = settings.compute_dtype or dtype or loaded_dtype(skeleton) or torch.float32
     return BitsAndBytesConfig(
         load_in_4bit=settings.bits == 4,
         load_in_8bit=settings.bits == 8,
@@ -171,7 +172,3 @@ def _left_linears(
             stacklevel=3,
         )
     return left
-
-
-def _config_dtype(skeleton: nn.Module) -> torch.dtype:
-    return getattr(getattr(skeleton, "config", None), "dtype", None) or torch.float32
