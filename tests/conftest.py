@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers import logging as transformers_logging
 
@@ -98,6 +99,17 @@ def samples() -> list[dict[str, list[int]]]:
     """60 calibration samples of different lengths."""
     generator = torch.Generator().manual_seed(2)
     return [{"input_ids": torch.randint(3, VOCABULARY, (4 + i % 7,), generator=generator).tolist()} for i in range(60)]
+
+
+@pytest.fixture
+def fresh_accelerate_state():
+    """accelerate keeps one precision a process, whichever test asked for it first."""
+    states = (AcceleratorState, GradientState, PartialState)
+    for state in states:
+        state._reset_state()
+    yield
+    for state in states:
+        state._reset_state()
 
 
 @pytest.fixture

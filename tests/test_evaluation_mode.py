@@ -20,6 +20,7 @@ def test_each_module_gets_its_own_mode_back_after_an_error_too(llama):
     assert [module.training for module in llama.modules()] == before
 
 
+@pytest.mark.usefixtures("fresh_accelerate_state")
 def test_the_autocast_of_accelerate_is_taken_off_for_the_while(llama, batch):
     with torch.no_grad():
         expected = llama(**batch).logits

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import PeftModel, get_peft_model
 from support import logits, same
 from torch.utils.data import DataLoader
@@ -104,15 +103,8 @@ class TestPlainPyTorch:
         torch.testing.assert_close(logits(merged, batch), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.usefixtures("fresh_accelerate_state")
 class TestAccelerate:
-    @pytest.fixture(autouse=True)
-    def _clean_state(self):
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-        yield
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-
     def prepare(self, model, samples, batches, precision="no", accumulation=1, **fields):
         accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=accumulation)
         model = wrap(model, samples, **fields)
