@@ -6,12 +6,17 @@ import json
 import signal
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
 
+if TYPE_CHECKING:
+    import torch
+
 Number = TypeVar("Number", int, float)
+
+DEVICE_HELP = "That runs the model, such as cpu or cuda:1. Default: the accelerator, if there is one."
 
 app = typer.Typer(
     help="Activation-driven adaptive pathway tuning with quantization, as a PEFT method.",
@@ -91,7 +96,7 @@ def plan(
     """Show the memory that training a model takes, before any weights are loaded."""
     from .cli_tables import show_memory_plan
     from .config import AdaptQConfig
-    from .evaluation import largest_num_adapted_blocks, plan_memory
+    from .evaluation import check_optimizer, largest_num_adapted_blocks, plan_memory
 
     given = {"--blocks": blocks, "--num-blocks": num_blocks, "--budget": budget}
     chosen = [option for option, value in given.items() if value is not None]
@@ -107,6 +112,7 @@ def plan(
             frozen_rank=frozen_rank,
             delta_dtype=delta_dtype,
         )
+        check_optimizer(optimizer)
         if budget is not None:
             config.num_adapted_blocks = largest_num_adapted_blocks(
                 model, budget, config, optimizer=optimizer, galore_rank=galore_rank
@@ -131,6 +137,7 @@ def profile(
     samples: Annotated[int, typer.Option(min=1, help="Texts that are profiled at most.")] = 100,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens a text is cut to.")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts in a forward pass.")] = 8,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Read each layer from the disk when it runs; never load the blocks.")
     ] = False,
@@ -144,6 +151,8 @@ def profile(
 
     if output.is_dir():
         raise typer.BadParameter(f"{str(output)!r} is a folder; give the name of a file", param_hint="--output")
+    if stream and device is not None:
+        raise typer.BadParameter("--stream runs on the accelerator, if there is one; leave --device out")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         config = AdaptQConfig(
@@ -153,7 +162,7 @@ def profile(
             general_calibration_data=general,
         )
         skeleton = build_skeleton(model)
-        loaded = None if stream else type(skeleton).from_pretrained(model)
+        loaded = None if stream else type(skeleton).from_pretrained(model, device_map=_device(device))
         found = profile_activations(
             model if loaded is None else loaded,
             data,
@@ -183,6 +192,7 @@ def quantize_base(
     data: Annotated[Path | None, typer.Option(help="Texts of the domain: a .txt, .json or .jsonl file.")] = None,
     general: Annotated[Path | None, typer.Option(help="General texts.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of text in all, about. Default: 24,576.")] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
 ) -> None:
     """Calibrate the 4-bit codes of a model's blocks once, for several adapters: AdaptQConfig(quantized_base=...)."""
     from .artifacts.base_calibration import quantize_base as write_base
@@ -193,7 +203,7 @@ def quantize_base(
     indices = _indices(blocks)
     try:
         base = write_base(
-            type(build_skeleton(model)).from_pretrained(model),
+            type(build_skeleton(model)).from_pretrained(model, device_map=_device(device)),
             output,
             blocks=indices,
             quantization=quantization,
@@ -297,6 +307,22 @@ def autoload(action: Annotated[Autoload, typer.Argument(help="What to do.")] = A
         _fail(f"{error}. Run it as a user who may write there, or in a virtual environment of your own.", error)
     state = "on" if environment.is_enabled() else "off"
     typer.echo(f"autoload is {state}: {environment.autoload_file()} {'exists' if state == 'on' else 'does not exist'}")
+
+
+def _device(name: str | None) -> torch.device | str:
+    """The device of that name; by default the accelerator, else the CPU."""
+    import torch
+
+    from .offloading import accelerator_or_cpu
+
+    if name is None:
+        return accelerator_or_cpu()
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        message = f"{name!r} can't be used here: {str(error).splitlines()[0]}"
+        raise typer.BadParameter(message, param_hint="--device") from error
+    return name
 
 
 def _indices(blocks: str | None) -> list[int] | None:

@@ -25,6 +25,12 @@ def input_device(model: nn.Module) -> torch.device:
     raise ValueError(f"{type(model).__name__} has no parameters")
 
 
+def accelerator_or_cpu() -> torch.device | str:
+    """For a `device_map`: the accelerator, if there is one, else "cpu", which accelerate knows as a str only."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or "cpu"
+
+
 def parameter_value(model: nn.Module, name: str) -> torch.Tensor:
     """The parameter with a dotted name, loaded if it is offloaded; on the meta device only if it has no values."""
     path, _, leaf = name.rpartition(".")

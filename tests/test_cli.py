@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from adaptq_peft import AdaptQConfig, autoload, profile_activations
@@ -154,6 +155,13 @@ def test_plan_with_a_budget(checkpoint):
     assert "Error: a budget of 1,000 bytes does not fit one adapted block" in result.output
 
 
+@pytest.mark.parametrize("budget", [[], ["--budget", "1GiB"]])
+def test_plan_refuses_an_unknown_optimizer(checkpoint, budget):
+    result = RUNNER.invoke(app, ["plan", checkpoint, "--optimizer", "lion", *budget])
+    assert result.exit_code == 1
+    assert "Error: optimizer is 'lion'; known are ['adamw_torch'" in result.output
+
+
 @pytest.mark.parametrize("other", [["--num-blocks", "1"], ["--blocks", "0,1"]])
 def test_plan_refuses_two_ways_to_say_how_many_blocks(checkpoint, other):
     result = RUNNER.invoke(app, ["plan", checkpoint, "--budget", "3MiB", *other])
@@ -204,6 +212,61 @@ def test_quantize_base_writes_what_a_config_reads(checkpoint, texts, tmp_path):
     config = AdaptQConfig(layers_to_transform=[1, 3], quantized_base=output)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), config)
     assert len(model.base_model.quantization_report.swapped) == 14
+
+
+def test_quantize_base_takes_a_sample_of_each_kind_at_least(checkpoint, texts, tmp_path):
+    options = ["--data", texts, "--calibration", "absmax", "--blocks", "0", "--tokens", "1"]
+    result = RUNNER.invoke(app, ["quantize-base", checkpoint, "--output", str(tmp_path / "quantized"), *options])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """The devices that models are loaded on, and the model on the CPU whatever they are."""
+    seen = []
+    load = LlamaForCausalLM.from_pretrained
+
+    def on_cpu(name, device_map):
+        seen.append(device_map)
+        return load(name)
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", on_cpu)
+    return seen
+
+
+def test_models_run_on_the_accelerator_or_the_device_that_is_given(checkpoint, texts, tmp_path, monkeypatch, devices):
+    monkeypatch.setattr("adaptq_peft.offloading.accelerator_or_cpu", lambda: torch.device("xpu"))
+    options = ["--data", texts, "--output", str(tmp_path / "profile.json")]
+    for device in ([], ["--device", "cpu"]):
+        result = RUNNER.invoke(app, ["profile", checkpoint, *options, *device])
+        assert result.exit_code == 0, result.output
+    options = ["--output", str(tmp_path / "base"), "--calibration", "absmax", "--tokens", "300"]
+    for device in ([], ["--device", "cpu"]):
+        result = RUNNER.invoke(app, ["quantize-base", checkpoint, *options, *device])
+        assert result.exit_code == 0, result.output
+    assert list(map(str, devices)) == ["xpu", "cpu", "xpu", "cpu"]
+
+
+@pytest.mark.parametrize("device", ["xpu", "nonsense"])
+def test_a_device_that_is_not_there_is_a_usage_error(checkpoint, texts, tmp_path, device):
+    options = ["--data", texts, "--output", str(tmp_path / "new"), "--device", device]
+    for command in ("profile", "quantize-base"):
+        result = RUNNER.invoke(app, [command, checkpoint, *options])
+        assert result.exit_code == 2
+        assert f"{device!r} can't be used here" in result.output
+    result = RUNNER.invoke(app, ["profile", checkpoint, *options, "--stream"])
+    assert result.exit_code == 2
+    assert "leave --device out" in " ".join(result.output.replace("\u2502", " ").split())
+
+
+@pytest.mark.gpu
+def test_profile_and_quantize_base_on_the_gpu(checkpoint, texts, tmp_path):
+    options = ["--data", texts, "--output", str(tmp_path / "profile.json")]
+    assert RUNNER.invoke(app, ["profile", checkpoint, *options]).exit_code == 0
+    options = ["--output", str(tmp_path / "base"), "--tokens", "300"]
+    result = RUNNER.invoke(app, ["quantize-base", checkpoint, *options])
+    assert result.exit_code == 0, result.output
+    assert torch.cuda.max_memory_allocated() > 0
 
 
 def test_quantize_base_says_what_is_wrong(checkpoint, tmp_path):

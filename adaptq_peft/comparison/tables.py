@@ -167,11 +167,12 @@ def write_tables(folder: Path, rows: Sequence[Row], about: Mapping[str, Any]) ->
 def markdown(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
     """All tables, with what they were measured on."""
     parts = ["# Comparison\n", _about(about)]
-    for samples in sorted({row.samples for row in rows} - {0}):
+    for samples in sorted({row.samples for row in rows} - {0}) or [0]:
         for name, group in GROUPS.items():
             chosen = rows_of(rows, name, samples)
-            if any(row.group == name and row.samples for row in chosen):
-                parts += [f"## {group.title}, N = {samples:,}\n", _table(chosen), _search_table(chosen)]
+            if any(row.group == name and row.samples == samples for row in chosen):
+                size = f", N = {samples:,}" if samples else ""
+                parts += [f"## {group.title}{size}\n", _table(chosen), _search_table(chosen) if samples else ""]
     return "\n".join(parts)
 
 

@@ -3,7 +3,7 @@
 from .checkpoint_headers import CheckpointSummary
 from .memory import WeightBytes, measure_weight_bytes, paper_weight_ratio
 from .memory_plan import MemoryPlan, MethodMemory, largest_num_adapted_blocks, measure_method, plan_memory
-from .optimizer_states import OPTIMIZERS, optimizer_state_bytes, trained_parameters
+from .optimizer_states import OPTIMIZERS, check_optimizer, optimizer_state_bytes, trained_parameters
 from .perplexity import Perplexity, degradation, evaluate_perplexity, token_nll
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "MethodMemory",
     "Perplexity",
     "WeightBytes",
+    "check_optimizer",
     "degradation",
     "evaluate_perplexity",
     "largest_num_adapted_blocks",

@@ -25,7 +25,7 @@ from ..skeleton import build_skeleton
 from ..targets import is_excluded
 from .checkpoint_headers import CheckpointHeaders, CheckpointSummary, HeadersUnavailable
 from .memory import WeightBytes, measure_weight_bytes, paper_weight_ratio
-from .optimizer_states import OPTIMIZERS, optimizer_state_bytes, trained_parameters
+from .optimizer_states import OPTIMIZERS, check_optimizer, optimizer_state_bytes, trained_parameters
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,7 @@ def largest_num_adapted_blocks(
     """
     limit = memory_bytes(budget)
     dtype = _dtype(model, dtype, _headers(model))
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer is {optimizer!r}; known are {list(OPTIMIZERS)}")
+    check_optimizer(optimizer)
 
     def needed(count: int) -> int:
         chosen = copy.deepcopy(config or AdaptQConfig())

@@ -61,8 +61,7 @@ def optimizer_state_bytes(optimizer: str, parameters: Iterable[TrainedParameter]
     Raises:
         ValueError: if the optimizer is unknown.
     """
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer is {optimizer!r}; known are {list(OPTIMIZERS)}")
+    check_optimizer(optimizer)
     sizes = OPTIMIZERS[optimizer]
     parameters = list(parameters)
     tables = LOOKUP_TABLES_8BIT if sizes is _adamw_8bit and any(map(_in_8bit, parameters)) else 0
@@ -111,3 +110,9 @@ OPTIMIZERS: dict[str, Callable[[TrainedParameter, int], int]] = {
     "sgd": _sgd,
     "galore_adamw": _galore_adamw,
 }
+
+
+def check_optimizer(name: str) -> None:
+    """Raise ValueError if the optimizer is none of `OPTIMIZERS`."""
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer is {name!r}; known are {list(OPTIMIZERS)}")

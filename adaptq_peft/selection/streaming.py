@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..offloading import accelerator_or_cpu
 from ..skeleton import build_skeleton
 from .blocks import find_blocks
 
@@ -56,7 +57,7 @@ def device_map_with_blocks_on_disk(
         model: the model that will be loaded; it may be on the meta device.
         layers_pattern: name of the list of blocks, where it can't be found.
     """
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = accelerator_or_cpu()
     blocks = {block.name for block in find_blocks(model, layers_pattern)}
     around = {name.rsplit(".", depth)[0] for name in blocks for depth in range(1, name.count(".") + 1)}
     inside: dict[str, str | torch.device] = dict.fromkeys(blocks, "disk")
@@ -65,5 +66,5 @@ def device_map_with_blocks_on_disk(
         children = [name for name, _ in model.get_submodule(path).named_children()]
         own = [name for name, _ in tensors if name.rpartition(".")[0] == path]
         outside = own + [f"{path}.{child}".lstrip(".") for child in children]
-        inside.update({name: device or "cpu" for name in outside if name not in blocks | around})
+        inside.update({name: device for name in outside if name not in blocks | around})
     return inside

@@ -144,6 +144,14 @@ def test_study_that_goes_on_keeps_its_dtype(fake, study, monkeypatch, tmp_path):
     assert len(fake.ran) == 2
 
 
+def test_a_table_of_what_is_not_trained_alone(fake, study, tmp_path):
+    study(methods=("vanilla",))
+    text = (tmp_path / "results.md").read_text()
+    assert text.count("## Methods\n") == 1
+    assert "| not trained |" in text
+    assert "Each learning rate" not in text
+
+
 def test_another_call_adds_to_the_tables(fake, study, tmp_path):
     study(methods=("lora",))
     rows = study(methods=("vanilla", "adaptq-50"), samples=(8, 16))

@@ -54,7 +54,7 @@ def mixed_calibration_batches(
         ValueError: if data is empty or in an unknown form, or there is none and the model can't write text.
     """
     given = [kind for kind in data if kind is not None]
-    share = tokens // (len(given) + 1)
+    share = max(tokens // (len(given) + 1), 1)  # of each kind at least one sample
     options = {"tokenizer": tokenizer, "max_length": max_length, "batch_size": batch_size}
     batches: list[Batch] = []
     for kind in given:
