@@ -148,11 +148,21 @@ class Experts(nn.Module):
         self.experts.up = nn.Parameter(torch.zeros(2, 64, 64, dtype=torch.bfloat16))
 
 
+class ExpertGLU(nn.Module):
+    """Experts one below the other, as DBRX's."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.zeros(2 * 32, 64, dtype=torch.bfloat16))
+        self.norm = nn.LayerNorm(64)
+
+
 @pytest.mark.parametrize(
     ("block", "left"),
     [
         (Reader, {"layers.0.read": "Reader reads its weight directly"}),
         (Experts, {"layers.0.experts.up": "fused expert weights, not a linear; 16384 bytes stay as they are"}),
+        (ExpertGLU, {"layers.0.w1": "fused expert weights, not a linear; 8192 bytes stay as they are"}),
     ],
 )
 def test_weights_that_no_layer_can_take_the_place_of_are_left(block, left):

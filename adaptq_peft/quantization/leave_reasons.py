@@ -67,7 +67,8 @@ def fused_experts(block: Block) -> dict[str, str]:
         if is_of_an_adapter(path) or isinstance(module, nn.modules.conv._ConvNd):
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3 and min(parameter.shape) > 1:
+            is_one_below_the_other = parameter.ndim == 2 and "Expert" in type(module).__name__  # as DBRX stores them
+            if is_one_below_the_other or (parameter.ndim == 3 and min(parameter.shape) > 1):
                 dotted = base_name(".".join(part for part in (block.name, path, name) if part))
                 found[dotted] = f"fused expert weights, not a linear; {parameter.nbytes} bytes stay as they are"
     return found
