@@ -83,7 +83,7 @@ class AdaptQConfig(PeftConfig):
             and predicted rises of the loss. Runtime only.
         calibration_tokenizer: tokenizer for texts. Runtime only. `None`: that of the model's `name_or_path`.
         calibration_samples: how many samples are profiled at most. Default 100.
-        calibration_max_length: tokens a sample is cut to. Default 512.
+        calibration_max_length: tokens a sample is cut to, unless it holds an image or the like. Default 512.
         calibration_batch_size: samples in one forward pass of the profile. Default 8.
         profile: an `ActivationProfile` made before by `profile_activations`, or the path of one that its `save` or
             `adaptq profile` wrote; nothing is profiled then.

@@ -43,7 +43,8 @@ def calibration_batches(
             (a sample a line), .json or .jsonl file, or `None`: the model writes its own text.
         tokenizer: tokenizer for texts and messages.
         samples: how many samples at most.
-        max_length: tokens a sample is cut to; never more than the model has positions.
+        max_length: tokens a sample is cut to, unless it holds an image or the like; never more than the model has
+            positions.
         batch_size: samples a batch (a `DataLoader` keeps its own).
 
     Raises:
@@ -184,8 +185,11 @@ def _encode(sample: Any, index: int, model: nn.Module, tokenizer: Any, max_lengt
         return tensors
     if not tokens:
         raise ValueError(f"calibration sample {index} has no tokens: {str(sample)[:80]!r}. Remove empty samples.")
-    tokens = tokens[:max_length]
-    return {"input_ids": tokens, **_other_inputs(sample, tokens, model, max_length)}
+    others = _other_inputs(sample, tokens, model)
+    if not any(value.is_floating_point() and value.ndim > 1 for value in others.values()):
+        tokens = tokens[:max_length]
+        others = {key: value[:max_length] if value.ndim == 1 else value for key, value in others.items()}
+    return {"input_ids": tokens, **others}  # an image or the like has tokens for its parts: none may be missing
 
 
 def _check_one_sample(input_ids: Any, index: int) -> None:
@@ -217,8 +221,8 @@ def _without_padding(sample: dict[str, Any]) -> dict[str, Any]:
     return {**sample, **unpadded}
 
 
-def _other_inputs(sample: Mapping[str, Any], tokens: list[int], model: nn.Module, max_length: int) -> Batch:
-    """What a sample holds besides its tokens for `model.forward`, as tensors; sequences are cut like the tokens."""
+def _other_inputs(sample: Mapping[str, Any], tokens: list[int], model: nn.Module) -> Batch:
+    """What a sample holds besides its tokens for `model.forward`, as tensors."""
     accepted = set(inspect.signature(model.forward).parameters) - {"input_ids", "inputs_embeds", "attention_mask"}
     is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if not is_encoder_decoder:
@@ -227,7 +231,6 @@ def _other_inputs(sample: Mapping[str, Any], tokens: list[int], model: nn.Module
     if is_encoder_decoder and "labels" in accepted and not {"labels", *_DECODER_INPUTS} & found.keys():
         found["labels"] = tokens  # the decoder has to read something; this is what Bart does on its own
     tensors = {key: torch.as_tensor(value) for key, value in found.items() if not isinstance(value, str)}
-    tensors = {key: value[:max_length] if value.ndim == 1 else value for key, value in tensors.items()}
     for key in ("labels", "decoder_input_ids"):
         if key in tensors and "decoder_attention_mask" in accepted:
             tensors.setdefault("decoder_attention_mask", (tensors[key] != -100).long())  # what the loss leaves out

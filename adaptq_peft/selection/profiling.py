@@ -92,7 +92,7 @@ def profile_activations(
         general_data: general text in the same forms, for strategies that compare. Default `None`.
         tokenizer: tokenizer for texts. Default `None`: that of the model's `name_or_path`.
         samples: samples used at most. Default 100; fewer than 50 gives a warning.
-        max_length: tokens a sample is cut to. Default 512.
+        max_length: tokens a sample is cut to, unless it holds an image or the like. Default 512.
         batch_size: samples in a forward pass. Default 8.
         layers_pattern: name of the list of blocks, where it can't be found.
 

@@ -221,6 +221,14 @@ def test_samples_with_an_image_and_without_are_batches_of_their_own():
     ]
 
 
+def test_a_sample_with_an_image_is_not_cut():
+    samples = [{"input_ids": list(range(9)), "pixel_values": [[0.5] * 4] * 4}, {"input_ids": list(range(9))}]
+    text, image = calibration_batches(Seeing(), samples, samples=2, max_length=4, batch_size=2)
+    assert text["input_ids"].tolist() == [[0, 1, 2, 3]]
+    assert image["input_ids"].tolist() == [list(range(9))]
+    assert image["pixel_values"].shape == (1, 4, 4)
+
+
 def test_labels_that_the_loss_leaves_out_are_no_tokens():
     samples = [{"input_ids": [5, 6, 7], "labels": [8, 9, -100]}, {"input_ids": [5, 6, 7], "labels": [8]}]
     (batch,) = calibration_batches(tiny_t5(), samples, samples=2, max_length=8, batch_size=2)
