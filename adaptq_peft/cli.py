@@ -214,7 +214,7 @@ def quantize_base(
         )
     except (OSError, ValueError) as error:
         _fail(str(error), error)
-    show_quantized_base(Console(), base)
+    show_quantized_base(Console(), base, indices)
 
 
 @app.command()

@@ -61,7 +61,7 @@ def _rows(methods: list[MethodMemory]) -> list[tuple[str, list[str]]]:
 
 
 def show_scores(console: Console, profile: ActivationProfile, chosen: Collection[int], strategy: str) -> None:
-    """Print the statistics of each block, with the chosen ones marked."""
+    """Print the statistics of each block, a bar of that which the strategy is named for, and the chosen ones."""
     about = f"{profile.num_samples} samples, {profile.num_tokens:,} tokens; chosen by {strategy!r}"
     table = Table(title=f"Activation profile: {about}", title_justify="left", box=None, padding=(0, 1))
     columns = {
@@ -73,27 +73,33 @@ def show_scores(console: Console, profile: ActivationProfile, chosen: Collection
     given = {name: values for name, values in columns.items() if values is not None}
     for name in ("block", *given):
         table.add_column(name, justify="right")
+    drawn = strategy if strategy in given else "magnitude"
+    table.add_column(drawn)
     table.add_column("")
-    table.add_column("")
-    for block, value in enumerate(profile.magnitude):
+    for block, value in enumerate(given[drawn]):
         color = "blue" if block in chosen else "bright_black"
-        bar = Bar(size=max(profile.magnitude), begin=0, end=value, width=30, color=color)
+        bar = Bar(size=max(given[drawn]), begin=0, end=value, width=30, color=color)
         mark = "[blue]adapted[/]" if block in chosen else "[dim]quantized[/]"
         table.add_row(str(block), *(f"{values[block]:.4f}" for values in given.values()), bar, mark)
     console.print(table)
 
 
-def show_quantized_base(console: Console, base: QuantizedBase) -> None:
-    """Print what was written, and how to use it."""
+def show_quantized_base(console: Console, base: QuantizedBase, blocks: Collection[int] | None) -> None:
+    """Print what was written, and how to use it; `blocks`: the only ones that were quantized."""
     about, place = base.description, base.reference.name_or_path
+    fields = [f'quantized_base="{place}"']
+    if about.quant_type != "nf4":
+        fields.append(f'quantization="{about.quant_type}"')
     calibration = about.calibration
     kinds = ", ".join(calibration["text"])
     lines = [
         f"{len(about.weights)} linears in {about.quant_type}, {base.num_bytes:,} bytes",
         f"calibrated by {calibration['method']!r} on {calibration['tokens']:,} tokens: {kinds}",
         *(f"rounded plainly: {name}: {why}" for name, why in about.plain.items()),
-        f'Written to {place}. To use it: AdaptQConfig(quantized_base="{place}")',
+        f"Written to {place}. To use it: AdaptQConfig({', '.join(fields)})",
     ]
+    if blocks is not None:
+        lines.append(f"An adapter has to adapt all blocks but these: {', '.join(map(str, sorted(blocks)))}")
     console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import try_to_load_from_cache
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import BitsAndBytesConfig, HqqConfig
 
 from .artifacts.certified_deltas import are_certified
@@ -214,8 +214,9 @@ class AdaptQConfig(PeftConfig):
         with suppress(TypeError):
             if isinstance(self.profile, dict):
                 self.profile = ActivationProfile(**self.profile)
-        if isinstance(self.profile, (str, os.PathLike)):
-            self.profile = ActivationProfile.load(self.profile)
+        with suppress(OSError, ValueError):
+            if isinstance(self.profile, (str, os.PathLike)):
+                self.profile = ActivationProfile.load(self.profile)
 
     @property
     def frozen_scaling(self) -> float:
@@ -255,13 +256,13 @@ class AdaptQConfig(PeftConfig):
             weights = cached if isinstance(cached, str) else weights
         if os.path.isfile(weights):
             check_weights_file(weights)
-            if config.certificate and not are_certified(config.certificate, Path(weights)):
-                warnings.warn(
-                    f"The deltas in {weights!r} are not those that fit_to_budget certified: they were changed since. "
-                    "Their certificate is dropped; call fit_to_budget again to certify them.",
-                    stacklevel=2,
-                )
-                config.certificate = None
+        if config.certificate and not are_certified(config.certificate, Path(weights)):
+            warnings.warn(
+                f"The deltas in {weights!r} are not those that fit_to_budget certified: they were changed since, or "
+                "are pickled and not compared. Their certificate is dropped; call fit_to_budget again for one.",
+                stacklevel=2,
+            )
+            config.certificate = None
         config.is_from_file = True
         return config
 
@@ -286,6 +287,13 @@ class AdaptQConfig(PeftConfig):
             super().save_pretrained(staging, **kwargs)
             os.replace(os.path.join(staging, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
         update_model_card(save_directory)
+        safe, pickled = (Path(save_directory, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
+        if safe.is_file() and pickled.is_file() and safe.stat().st_mtime_ns < pickled.stat().st_mtime_ns:
+            warnings.warn(
+                f"{str(pickled)!r} was just saved, and PEFT will load the older {SAFETENSORS_WEIGHTS_NAME} beside it. "
+                "Remove that file, or save without safe_serialization=False.",
+                stacklevel=2,
+            )
 
 
 def _check_count(config: AdaptQConfig) -> Iterator[str]:
@@ -371,7 +379,12 @@ def _check_calibration(config: AdaptQConfig) -> Iterator[str]:
 
 
 def _check_profile(config: AdaptQConfig) -> Iterator[str]:
-    if config.profile is not None and not isinstance(config.profile, ActivationProfile):
+    if isinstance(config.profile, (str, os.PathLike)):
+        try:
+            ActivationProfile.load(config.profile)
+        except (OSError, ValueError) as error:
+            yield f"profile can't be read: {error}"
+    elif config.profile is not None and not isinstance(config.profile, ActivationProfile):
         yield f"profile is a {type(config.profile).__name__}; pass what profile_activations returned"
 
 

@@ -77,6 +77,8 @@ def make_plan(model: nn.Module, config: AdaptQConfig, others: Mapping[str, Adapt
     blocks = _blocks_or_none(model, config)
     adapted, profile = choose_blocks(model, blocks, config) if blocks else ([], None)
     targets = find_targets(model, [blocks[index] for index in adapted] if blocks else None, config)
+    if blocks and not targets:
+        _check_targets_elsewhere(model, blocks, adapted, config)
     quantization = _quantization(model, config)
     _check_gptq(quantization, adapted, config, others)
     _check_others(model, config, quantization, others)
@@ -133,6 +135,18 @@ def choose_blocks(
         profile = replace(profile, sensitivity=measure_block_sensitivity(model, blocks, config))
     request = SelectionRequest(num_blocks=len(blocks), profile=profile, seed=config.selection_seed)
     return select_blocks(config.selection_strategy, request, count), profile
+
+
+def _check_targets_elsewhere(model: nn.Module, blocks: list[Block], adapted: list[int], config: AdaptQConfig) -> None:
+    """Names that fit nothing in the adapted blocks. Those that fit nothing at all get PEFT's own error."""
+    elsewhere = find_targets(model, blocks, config)
+    if elsewhere:
+        raise ValueError(
+            f"target_modules {config.target_modules!r} names no layer of the adapted blocks {adapted}, so nothing "
+            f"would get a delta; it names {len(elsewhere)} layers of other blocks, the first "
+            f"{base_name(elsewhere[0])}. Name layers by what they are called in each block, such as 'up_proj', "
+            "or give layers_to_transform."
+        )
 
 
 def _blocks_of_targets(model: nn.Module, blocks: list[Block], config: AdaptQConfig) -> list[int]:

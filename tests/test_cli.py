@@ -187,6 +187,7 @@ def test_profile_writes_what_a_config_reads(checkpoint, texts, tmp_path, stream)
     assert result.exit_code == 0, result.output
     assert result.output.count("adapted") == result.output.count("quantized") == 2
     assert "on general text" in result.output
+    assert result.output.count("magnitude") == 2  # of numbers and, as "contrast" is no column, of bars
     profile = AdaptQConfig(profile=output, selection_strategy="contrast").profile
     assert profile.num_samples == 60
     assert profile.magnitude == profile.general_magnitude
@@ -209,9 +210,17 @@ def test_quantize_base_writes_what_a_config_reads(checkpoint, texts, tmp_path):
     assert "calibrated by 'absmax' on" in result.output
     assert "tokens: texts.txt, texts.txt, written by the model" in result.output
     assert f'AdaptQConfig(quantized_base="{output}")' in result.output
+    assert "An adapter has to adapt all blocks but these: 0, 2" in result.output
     config = AdaptQConfig(layers_to_transform=[1, 3], quantized_base=output)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), config)
     assert len(model.base_model.quantization_report.swapped) == 14
+
+
+def test_quantize_base_says_how_to_use_fp4(checkpoint, texts, tmp_path):
+    output = str(tmp_path / "quantized")
+    options = ["--data", texts, "--quantization", "fp4", "--calibration", "absmax", "--tokens", "300"]
+    result = RUNNER.invoke(app, ["quantize-base", checkpoint, "--output", output, *options])
+    assert result.output.splitlines()[-1].endswith(f'AdaptQConfig(quantized_base="{output}", quantization="fp4")')
 
 
 def test_quantize_base_takes_a_sample_of_each_kind_at_least(checkpoint, texts, tmp_path):

@@ -52,6 +52,9 @@ def test_defaults():
         ({"exclude_modules": "(("}, r"exclude_modules is '\(\(', which is no regular expression: "),
         ({"init_weights": "gaussian"}, r"init_weights is 'gaussian'; allowed: True \(zero\) or False"),
         ({"calibration_tokenizer": "org/name"}, r"calibration_tokenizer is 'org/name'; allowed: None, or a tokenizer"),
+        ({"profile": "nope.json"}, r"profile can't be read: .*No such file or directory: 'nope.json'"),
+        ({"profile": "."}, r"profile can't be read: .*Is a directory"),
+        ({"profile": __file__}, r"profile can't be read: '.*test_config.py' does not hold an activation profile"),
         ({"profile": {"a": 1}}, r"profile is a dict; pass what profile_activations returned"),
         ({"quantized_base": {"a": 1}}, r"quantized_base is \{'a': 1\}; allowed: None, a folder"),
         (

@@ -61,6 +61,16 @@ def test_targets_that_name_some_blocks_choose_them(llama):
     assert make_plan(llama, config, {}).targets == ["model.layers.0.mlp.up_proj"]
 
 
+def test_targets_outside_of_the_adapted_blocks_are_an_error(llama, samples):
+    config = AdaptQConfig(target_modules=["layers.1.mlp.up_proj"], calibration_data=samples, selection_strategy="last")
+    with pytest.raises(
+        ValueError,
+        match=r"'layers.1.mlp.up_proj'\} names no layer of the adapted blocks \[2, 3\], so nothing .* 1 layers of "
+        r"other blocks, the first model.layers.1.mlp.up_proj\. Name layers by",
+    ):
+        make_plan(llama, config, {})
+
+
 def test_a_quantized_module_cannot_be_trained_whole(llama):
     get_peft_model(llama, AdaptQConfig(layers_to_transform=[2]))
     config = AdaptQConfig(layers_to_transform=[2], modules_to_save=["layers.1.mlp.up_proj"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils.constants import WEIGHTS_NAME
 from safetensors import safe_open
 
 from ..fingerprint import spread
@@ -33,15 +34,15 @@ def sample_deltas(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[float]]
 
 
 def are_certified(certificate: Mapping[str, Any], weights: Path) -> bool:
-    """Whether the deltas in a weights file are those of a certificate; yes, too, where nothing can be compared.
+    """Whether the deltas in a weights file are those of a certificate; yes, too, where there are none to compare.
 
     Args:
         certificate: `AdaptQConfig.certificate`; without a "sample" it is from before there were samples.
-        weights: `adapter_model.safetensors`.
+        weights: `adapter_model.safetensors`. Without it pickled weights beside it are not opened: they are not.
     """
     certified = certificate.get("sample")
     if certified is None or not weights.is_file():
-        return True
+        return certified is None or not weights.with_name(WEIGHTS_NAME).is_file()
     with safe_open(weights, "pt") as file:
         found = _sample(file.keys(), file.get_tensor)
     return certified.keys() == found.keys() and all(are_same_samples(certified[name], found[name]) for name in found)

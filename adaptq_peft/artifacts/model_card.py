@@ -76,8 +76,9 @@ def update_model_card(folder: str | os.PathLike[str]) -> None:
     card = ModelCard.load(path) if path.exists() else ModelCard("---\nlibrary_name: peft\n---\n")
     _update_metadata(card.data, config.get("base_model_name_or_path"))
     weights, certificate = read_weights(folder), config.get("certificate")
-    readable = weights.num_values is not None
-    certified = not (certificate and readable) or are_certified(certificate, folder / SAFETENSORS_WEIGHTS_NAME)
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    damaged = file.is_file() and weights.num_values is None
+    certified = not certificate or damaged or are_certified(certificate, file)
     card.text = _replace_section(card.text, render_section(config, weights, certified))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".adaptq-") as staging:
         RepoCard.save(card, Path(staging, CARD_NAME))
@@ -301,7 +302,11 @@ def _certificate(certificate: Mapping[str, Any] | None, certified: bool) -> list
     if not certificate:
         return []
     if not certified:
-        return ["### Forgetting", "Not certified: the deltas were changed after `fit_to_budget` had certified them."]
+        changed = "they were changed since, or are pickled and not compared"
+        return [
+            "### Forgetting",
+            f"Not certified: the deltas are not those that `fit_to_budget` certified ({changed}).",
+        ]
     text = (
         f"General perplexity is {certificate['degradation']:+.2%} against the 16-bit base, and at most "
         f"{certificate['upper_bound']:+.2%} with {certificate['confidence']:.0%} confidence: within the budget of "

@@ -33,7 +33,7 @@ _HEADER_KEY = "adaptq_quantized_base"
 
 @dataclass
 class QuantizedBaseReference:
-    """Where a shared quantized base is. Two references are equal if they are to the same file content.
+    """Where a shared quantized base is. Once opened, two references are equal if they are to the same file content.
 
     Args:
         name_or_path: folder or Hub repository. The file may move: set another place here, the content is checked.

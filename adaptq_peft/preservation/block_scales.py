@@ -152,7 +152,9 @@ def class_path(layer: object) -> str:
 
 def active_adapter(model: nn.Module) -> str:
     """Name of the one active adapter of a `PeftModel`; ValueError if it is none or several."""
-    active: Any = getattr(model, "active_adapters", []) if isinstance(model, PeftModel) else []
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"a PeftModel is needed, as get_peft_model makes it, and this is a {type(model).__name__}")
+    active: Any = model.active_adapters
     if len(active) != 1:
         raise ValueError(f"one active adapter is needed, and {type(model).__name__} has {list(active)}")
     return active[0]

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from .profiling import ActivationProfile
 
@@ -51,7 +51,12 @@ def register_selection_strategy(
         name: the name; registering one again replaces it.
         needs: "none" (nothing is profiled), "domain" (default), "domain and general", or "domain and sensitivity"
             (`ActivationProfile.sensitivity` is measured, too).
+
+    Raises:
+        ValueError: if `needs` is none of these.
     """
+    if needs not in get_args(ProfileNeed):
+        raise ValueError(f"needs is {needs!r}; allowed: {list(get_args(ProfileNeed))}")
 
     def register(score: SelectionStrategy) -> SelectionStrategy:
         _REGISTRY[name] = _Entry(score, needs)

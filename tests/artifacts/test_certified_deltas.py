@@ -124,9 +124,26 @@ def test_after_further_training_the_card_does_not_certify_and_loading_drops_the_
     model.save_pretrained(tmp_path / "second")
     card = (tmp_path / "second" / "README.md").read_text()
     assert "### Forgetting, certified" not in card
-    assert "Not certified: the deltas were changed after `fit_to_budget` had certified them." in card
+    assert "Not certified: the deltas are not those that `fit_to_budget` certified (they were changed since" in card
     with pytest.warns(UserWarning, match=r"deltas in .*second.* are not those that fit_to_budget certified.*again"):
         assert load(make_model, tmp_path, "second").peft_config["default"].certificate is None
+
+
+def test_pickled_deltas_are_not_certified(certified, make_model, tmp_path):
+    certified().save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    assert "or are pickled and not compared)." in (tmp_path / "pickled" / "README.md").read_text()
+    with pytest.warns(UserWarning, match="or are pickled and not compared. Their certificate is dropped"):
+        assert load(make_model, tmp_path, "pickled").peft_config["default"].certificate is None
+
+
+def test_pickled_deltas_beside_older_safetensors_give_a_warning(certified, tmp_path):
+    model = certified()
+    model.save_pretrained(tmp_path / "both")
+    with pytest.warns(UserWarning, match="PEFT will load the older adapter_model.safetensors beside it. Remove that"):
+        model.save_pretrained(tmp_path / "both", safe_serialization=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path / "both")
 
 
 def test_a_swapped_adapter_keeps_its_certificate_where_its_deltas_are_rescaled(certified, make_model, tmp_path):

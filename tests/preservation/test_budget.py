@@ -242,7 +242,7 @@ def test_what_is_missing_is_named(adapt, load, general, domain, tokenizer):
         fit_to_budget(adapt(), general, domain, -1, tokenizer=tokenizer)
     with pytest.raises(ValueError, match=r"family is 'both'; allowed: \['scales', 'shrinkage'\]"):
         fit_to_budget(adapt(), general, domain, family="both", tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="one active adapter is needed, and LlamaForCausalLM has"):
+    with pytest.raises(ValueError, match="a PeftModel is needed, as get_peft_model makes it, and this is a Llama"):
         fit_to_budget(load(), general, domain, tokenizer=tokenizer)
     with pytest.raises(ValueError, match=r"outside of torch\.inference_mode"), torch.inference_mode():
         fit_to_budget(adapt(), general, domain, tokenizer=tokenizer)

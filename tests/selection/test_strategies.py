@@ -95,3 +95,8 @@ def test_a_profile_is_needed():
     for name in ("sensitivity", "activation+sensitivity"):
         with pytest.raises(ValueError, match="needs a profile with sensitivities, and none were measured"):
             select(name, 2, profile=domain_only)
+
+
+def test_unknown_needs_are_an_error():
+    with pytest.raises(ValueError, match=r"needs is 'both'; allowed: \['none', 'domain', 'domain and general', "):
+        register_selection_strategy("mine", needs="both")
