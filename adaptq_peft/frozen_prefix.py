@@ -27,6 +27,7 @@ class FrozenPrefix:
         self._model: Any = model
         self.block_names: list[str] = []
         self._hooks: list[Any] = []
+        self._not_checkpointed: list[Any] = []
 
     def set_blocks(self, block_names: list[str]) -> None:
         """Set `block_names`, once they are known."""
@@ -90,6 +91,11 @@ class FrozenPrefix:
         """Follow a change of the trained blocks."""
         if self._hooks:
             self.enable_input_require_grads()
+        if any(getattr(module, "gradient_checkpointing", False) for module in self._model.modules()):
+            for module in self._not_checkpointed:
+                module.gradient_checkpointing = True
+            self._not_checkpointed = []
+            self._checkpoint_trained_blocks_only()
 
     def enable_checkpointing(self, enable: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """Call `enable`, the model's own method, then leave the blocks below the lowest trained one out."""
@@ -102,6 +108,7 @@ class FrozenPrefix:
             for module in self._model.get_submodule(name).modules():
                 if getattr(module, "gradient_checkpointing", False):
                     module.gradient_checkpointing = False  # type: ignore[assignment]
+                    self._not_checkpointed.append(module)
 
 
 def _is_trained(module: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaForQuestionAnswering
 
 from adaptq_peft.evaluation_mode import evaluation_mode
@@ -31,6 +32,16 @@ def test_the_autocast_of_accelerate_is_taken_off_for_the_while(llama, batch):
         assert torch.equal(found, expected)
         assert not torch.equal(rounded, expected)
         assert torch.equal(prepared(**batch).logits, rounded)
+
+
+@pytest.mark.usefixtures("fresh_accelerate_state")
+def test_the_autocast_of_a_model_that_was_wrapped_since_is_taken_off_too(llama, batch):
+    with torch.no_grad():
+        expected = llama.eval()(**batch).logits
+        wrapped = get_peft_model(Accelerator(cpu=True, mixed_precision="bf16").prepare_model(llama), LoraConfig())
+        with evaluation_mode(wrapped):
+            assert torch.equal(wrapped(**batch).logits, expected)
+        assert not torch.equal(wrapped(**batch).logits, expected)
 
 
 def test_no_cache_is_made_whatever_forward_is_called_with(make_model, batch):

@@ -106,6 +106,23 @@ def test_the_input_hook_follows_the_active_adapter_and_can_be_taken_off(llama, b
     assert not any(block.module._forward_pre_hooks for block in find_blocks(llama))
 
 
+def test_checkpointing_follows_the_active_adapter(llama):
+    def checkpointed():
+        return [block.module.gradient_checkpointing for block in find_blocks(llama)]
+
+    wrapped = wrap(llama, [3], quantization="none")
+    wrapped.add_adapter("low", AdaptQConfig(layers_to_transform=[1], quantization="none", frozen_rank=0))
+    wrapped.set_adapter("low")
+    assert checkpointed() == [False] * 4
+    wrapped.set_adapter("default")
+    wrapped.activation_checkpointing_enable()
+    assert checkpointed() == [False, False, False, True]
+    wrapped.set_adapter("low")
+    assert checkpointed() == [False, True, True, True]
+    wrapped.delete_adapter("low")
+    assert checkpointed() == [False, False, False, True]
+
+
 def test_the_input_hook_stays_one_when_an_adapter_is_added(llama, batch):
     wrapped = wrap(llama, [2])
     wrapped.enable_input_require_grads()

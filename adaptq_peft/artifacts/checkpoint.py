@@ -81,6 +81,8 @@ def check_adapter_tensors(
         return
     if missing and extra:
         faults.append(f"the file has deltas for blocks {_blocks(found)}, and this adapter adapts {_blocks(expected)}")
+    if any("_orig_mod." in name for name in (*missing, *extra)):
+        faults.append("names with _orig_mod are of an adapter on torch.compile(base): compile the PeftModel instead")
     raise ValueError(
         "The adapter file does not fit the model and its adapter_config.json:\n"
         + "\n".join(f"- {fault}" for fault in faults)

@@ -33,11 +33,12 @@ class PreservationCallback(Anchor, TrainerCallback):
     """
 
     _share: int | None = None  # the batch size that the last Trainer gave
+    _beginning: dict[str, Any] | None = None  # the state in which the first run began
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Prepare, and go on where a checkpoint left off."""
+        """Prepare, and go on where a checkpoint left off; without one begin as the first run with this anchor did."""
         _check_supported(args)
         needs_base = self.mode == "kl" or self._general_texts is None
         if self.answers is None and needs_base and state.global_step > 0 and not has_adapter(kwargs["model"]):
@@ -51,8 +52,9 @@ class PreservationCallback(Anchor, TrainerCallback):
             self.batch_size = self._share = _share_of_domain(args)
         callbacks: Any = state.stateful_callbacks  # a dict once the state is made, whatever its annotation
         saved = callbacks.get(STATE_KEY)
-        if saved is not None:
-            self.load_state_dict(saved)
+        self._beginning = self._beginning or self.state_dict()
+        if saved is not None or state.global_step == 0:
+            self.load_state_dict(saved or self._beginning)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

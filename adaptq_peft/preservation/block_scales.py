@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -34,12 +35,15 @@ ALLOWED = f"ADAPTQ, {', '.join(PROPORTIONAL)}, and no DoRA"
 class BlockScales:
     """W = W0 + factor * scale * delta, with one factor for each adapted block of a model; 1 is as it was trained.
 
+    Parameters of less than 32 bits are written, rounded, from a copy that is kept: what is measured is what is saved.
+
     Args:
         model: a `PeftModel` with one active adapter, of ADAPTQ or a method in `PROPORTIONAL`.
 
     Attributes:
         blocks: indices of the blocks that have something to scale.
-        unscaled: the adapter's `modules_to_save`, which stay as they were trained.
+        unscaled: what stays as it was trained: the adapter's `modules_to_save`, its layers outside of all blocks, and
+            `trainable_token_indices`.
 
     Raises:
         ValueError: if there is no such adapter, several are active, it is merged or switched off, it runs at another
@@ -63,11 +67,22 @@ class BlockScales:
             raise ValueError(
                 f"adapter {self.adapter!r} ({kind}) has nothing in any block that can be scaled; allowed: {ALLOWED}"
             )
-        self.unscaled = list(getattr(model.peft_config[self.adapter], "modules_to_save", None) or [])  # type: ignore[union-attr, index]
+        self.unscaled = _outside_of_factors(model, self.adapter, chain.from_iterable(self._layers.values()))
         self._trained = {layer: layer.scaling[self.adapter] for layers in self._layers.values() for layer in layers}
         self._parameters = {
             index: [parameter for layer in layers for parameter in linear_parameters(layer, self.adapter)]
             for index, layers in self._layers.items()
+        }
+        self._originals: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+        self.take_as_trained()
+
+    def take_as_trained(self) -> None:
+        """From now on the values that the parameters have are those of factor 1."""
+        parameters = {layer: linear_parameters(layer, self.adapter) for layer in self._trained}
+        self._originals = {
+            layer: [(parameter, parameter.detach().clone()) for parameter in own]
+            for layer, own in parameters.items()
+            if any(parameter.itemsize < 4 for parameter in own)
         }
 
     def _check_scale(self, layer: AdaptQLayer) -> None:
@@ -83,19 +98,26 @@ class BlockScales:
                 "the scale of a layer is not saved, so what is fitted would not be what is loaded; set it back first"
             )
 
+    @torch.no_grad()
     def set(self, factors: np.ndarray | float) -> None:
         """Run with these factors, [blocks] or one for all, from now on."""
         for factor, layers in zip(np.broadcast_to(factors, len(self.blocks)), self._layers.values(), strict=True):
             for layer in layers:
-                layer.scaling[self.adapter] = self._trained[layer] * float(factor)
+                if layer not in self._originals:
+                    layer.scaling[self.adapter] = self._trained[layer] * float(factor)
+                for parameter, original in self._originals.get(layer, ()):
+                    parameter.copy_(original * float(factor))
 
     @torch.no_grad()
     def fold(self, factors: np.ndarray) -> None:
-        """Multiply the deltas by these factors and run with factor 1: so they are saved, loaded and merged."""
-        for factor, parameters in zip(factors, self._parameters.values(), strict=True):
-            for parameter in parameters:
-                parameter.mul_(float(factor))
-        self.set(1.0)
+        """Multiply the deltas by these factors, at the scale of the config: so they are saved, loaded and merged."""
+        self.set(factors)
+        for factor, layers in zip(factors, self._layers.values(), strict=True):
+            for layer in layers:
+                if layer not in self._originals:
+                    layer.scaling[self.adapter] = self._trained[layer]
+                    for parameter in linear_parameters(layer, self.adapter):
+                        parameter.mul_(float(factor))
 
     def gradient(self, factors: np.ndarray, documents: Documents, batch_size: int) -> np.ndarray:
         """d loss / d factor of each block at these factors, in nats a token: [blocks], from one backward pass.
@@ -174,6 +196,19 @@ def layers_by_block(model: nn.Module, adapter: str) -> list[tuple[Block, dict[st
         )
         for block in find_blocks(model.get_base_model(), pattern or None)  # type: ignore[operator]
     ]
+
+
+def _outside_of_factors(model: Any, adapter: str, scaled: Iterable[nn.Module]) -> list[str]:
+    """What an adapter trains without a factor of ours, by name."""
+    config, within = model.peft_config[adapter], set(scaled)
+    whole = list(getattr(config, "modules_to_save", None) or [])
+    outside = [
+        name
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, BaseTunerLayer) and adapter in getattr(module, "scaling", {}) and module not in within
+    ]
+    tokens = ["trainable_token_indices"] if getattr(config, "trainable_token_indices", None) else []
+    return [*whole, *outside, *tokens]
 
 
 def _dot(gradient: Tensor | None, parameter: Tensor) -> float:

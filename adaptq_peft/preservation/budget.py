@@ -171,7 +171,9 @@ class _Fit:
     def _apply(self, setting: Setting) -> None:
         if self._shrinkage is not None and setting.strength != self._strength:
             self._strength = math.nan  # until all is written
+            self._scales.set(1.0)
             self._shrinkage.set(setting.strength)
+            self._scales.take_as_trained()
             self._strength = setting.strength
         self._scales.set(setting.factors)
 
@@ -235,8 +237,8 @@ def _way_out(general: TextComparison, budget: float, unscaled: list[str]) -> str
             'higher selection_ratio) or less (quantization="int8" or "none"), or train with an anchor on general '
             "text, which repairs some of it. The adapter was left as it was."
         )
-    whole = f" No scale weakens what modules_to_save trains whole: {unscaled}." if unscaled else ""
-    way_out = f"Train anew with a lower rate, fewer steps, or an anchor on general text.{whole}"
+    others = f" No factor weakens what is trained whole or outside of the blocks: {unscaled}." if unscaled else ""
+    way_out = f"Train anew with a lower rate, fewer steps, or an anchor on general text.{others}"
     return f"{way_out} The adapter was left as it was."
 
 

@@ -77,3 +77,6 @@ def test_every_fault_is_named(found, message):
 def test_long_lists_are_cut():
     with pytest.raises(ValueError, match=r"10 tensors are missing: ([^,]+, ){3}\.\.\."):
         check_adapter_tensors(adapter(*range(10)), {}, set())
+    compiled = {name.replace("base_model.model.", "base_model.model._orig_mod."): t for name, t in adapter(1).items()}
+    with pytest.raises(ValueError, match="names with _orig_mod are of an adapter on"):
+        check_adapter_tensors(adapter(1), compiled, set())

@@ -169,6 +169,17 @@ def test_what_was_not_logged_is_not_in_the_next_run(make_model, general_samples,
     assert curve(fresh, "anchor_kl") == pytest.approx([0] * 4, abs=1e-4)
 
 
+def test_a_second_run_begins_as_the_first(make_model, general_samples, make_trainer):
+    anchor = PreservationCallback.from_base(make_model(), general_samples, target_kl=1e-3)
+    weights = []
+    for _ in range(2):
+        trainer = make_trainer(adaptq(make_model()), anchor, learning_rate=0.01)
+        trainer.train()
+        weights.append((curve(trainer, "anchor_weight"), curve(trainer, "anchor_kl"), anchor.state_dict()))
+    assert weights[0] == weights[1]
+    assert len(set(weights[0][0])) > 1
+
+
 def test_schedule_free_optimizers_are_in_training_mode(make_model, general_samples):
     """They hold other weights while the model is evaluated, and the Trainer calls them back within the step."""
     anchor, calls = PreservationCallback.from_base(make_model(), general_samples), []

@@ -227,10 +227,34 @@ def test_if_no_setting_holds_the_budget_the_adapter_is_left_and_the_way_out_name
 def test_quantizing_is_not_blamed_where_it_cost_nothing(adapt, general, domain, tokenizer):
     report = fit_to_budget(adapt(std=0.3, quantization="none"), general, domain, -0.9, tokenizer=tokenizer)
     assert report.note.startswith("Train anew with a lower rate")
-    assert "No scale weakens" not in report.note
+    assert "No factor weakens" not in report.note
     whole = adapt(std=0.3, quantization="none", modules_to_save=["lm_head"])
     report = fit_to_budget(whole, general, domain, -0.9, tokenizer=tokenizer)
-    assert "No scale weakens what modules_to_save trains whole: ['lm_head']." in report.note
+    others = "No factor weakens what is trained whole or outside of the blocks"
+    assert f"{others}: ['lm_head']." in report.note
+
+
+def test_what_has_no_factor_is_named(load):
+    lora = LoraConfig(target_modules=["q_proj", "lm_head"], trainable_token_indices=[3], modules_to_save=["norm"])
+    assert BlockScales(get_peft_model(load(), lora)).unscaled == ["norm", "lm_head", "trainable_token_indices"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rank", [0, 4])
+def test_of_16_bit_deltas_what_was_measured_is_what_is_left(
+    family, rank, adapt, load, general, domain, tokenizer, monkeypatch
+):
+    def some(points):
+        strength = 0.3 if family == "shrinkage" else 0.0
+        return [budget_search.Setting(0.37 * np.ones_like(points[0].setting.factors), strength)]
+
+    monkeypatch.setattr(budget_module, "candidates", some)
+    model = adapt(std=0.1, frozen_rank=rank, delta_dtype="bfloat16")
+    reference = BaseReference.of(load(), general, domain, tokenizer=tokenizer)
+    report = fit_to_budget(model, base=reference, budget=1e3, family=family)
+    assert set(report.scales.values()) == {0.37}
+    left = measure_forgetting(model, base=reference)
+    assert left.domain.adapted.total == report.domain.adapted.total
 
 
 def test_what_is_missing_is_named(adapt, load, general, domain, tokenizer):
