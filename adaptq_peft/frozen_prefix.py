@@ -91,17 +91,26 @@ class FrozenPrefix:
         """Follow a change of the trained blocks."""
         if self._hooks:
             self.enable_input_require_grads()
-        if any(getattr(module, "gradient_checkpointing", False) for module in self._model.modules()):
-            for module in self._not_checkpointed:
-                module.gradient_checkpointing = True
-            self._not_checkpointed = []
-            self._checkpoint_trained_blocks_only()
+        self._checkpoint_all_blocks()
+        self._checkpoint_trained_blocks_only()
+
+    def let_go(self) -> None:
+        """Leave the model without the hooks, and with all of its blocks checkpointed if those above are."""
+        self.disable_input_require_grads()
+        self._checkpoint_all_blocks()
 
     def enable_checkpointing(self, enable: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """Call `enable`, the model's own method, then leave the blocks below the lowest trained one out."""
         enable(*args, **kwargs)
         self.enable_input_require_grads()
         self._checkpoint_trained_blocks_only()
+
+    def _checkpoint_all_blocks(self) -> None:
+        """Undo `_checkpoint_trained_blocks_only`, unless checkpointing has been switched off since."""
+        if any(getattr(module, "gradient_checkpointing", False) for module in self._model.modules()):
+            for module in self._not_checkpointed:
+                module.gradient_checkpointing = True
+        self._not_checkpointed = []
 
     def _checkpoint_trained_blocks_only(self) -> None:
         for name in self.block_names[: self.trained_from()]:

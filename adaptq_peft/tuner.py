@@ -396,7 +396,7 @@ class AdaptQTuner(BaseTuner):
         unwrap_quantized(self.model, seen)
         while any(isinstance(module, AdaptQLayer) for module in self.model.modules()):  # wrapped within wrapped ones
             super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        self._frozen_prefix.disable_input_require_grads()
+        self._frozen_prefix.let_go()
         put_unloaded_linears(self.model, built, form)
         return self.model
 

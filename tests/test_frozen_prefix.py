@@ -137,6 +137,7 @@ def test_unloading_takes_the_hook_off(llama):
     wrapped.activation_checkpointing_enable()
     wrapped.enable_input_require_grads()
     wrapped.unload()
+    assert all(block.module.gradient_checkpointing for block in find_blocks(llama))
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in llama.modules())
     functions = {block.module._gradient_checkpointing_func for block in find_blocks(llama)}
     assert len(functions) == 1  # transformers' own, on each block
