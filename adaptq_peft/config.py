@@ -256,7 +256,8 @@ class AdaptQConfig(PeftConfig):
             weights = cached if isinstance(cached, str) else weights
         if os.path.isfile(weights):
             check_weights_file(weights)
-        if config.certificate and not are_certified(config.certificate, Path(weights)):
+        certificate = getattr(config, "certificate", None)  # the file may be of another method
+        if certificate and not are_certified(certificate, Path(weights)):
             warnings.warn(
                 f"The deltas in {weights!r} are not those that fit_to_budget certified: they were changed since, or "
                 "are pickled and not compared. Their certificate is dropped; call fit_to_budget again for one.",

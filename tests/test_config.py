@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from adaptq_peft import ActivationProfile, AdaptQConfig, register_selection_strategy
@@ -228,3 +229,10 @@ def test_a_truncated_weights_file_is_found_when_the_config_is_loaded(tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"its header describes \d+: it is truncated or damaged\. Copy or save"):
         AdaptQConfig.from_pretrained(tmp_path)
+
+
+def test_the_file_of_another_method_gives_its_config_as_in_peft(tmp_path):
+    LoraConfig(r=3).save_pretrained(tmp_path)
+    loaded = AdaptQConfig.from_pretrained(tmp_path)
+    assert type(loaded) is LoraConfig
+    assert loaded.r == 3
