@@ -23,12 +23,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     caching = {id(config): config for config in found if getattr(config, "use_cache", False) is True}
-    wrapped = [module for module in model.modules() if {"forward", "_original_forward"} <= vars(module).keys()]
-    autocast_forwards = [(module, vars(module)["forward"]) for module in wrapped]
+    autocast_forwards = [
+        (module, vars(module)["forward"])
+        for module in model.modules()
+        if {"forward", "_original_forward"} <= vars(module).keys()
+    ]
     model.eval()
     for config in caching.values():
         config.use_cache = False
-    for module in wrapped:
+    for module, _ in autocast_forwards:
         module.forward = vars(module)["_original_forward"]
     try:
         yield

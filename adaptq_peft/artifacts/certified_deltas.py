@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.constants import WEIGHTS_NAME
+from peft.utils import WEIGHTS_NAME
 from safetensors import safe_open
 
 from ..fingerprint import spread
@@ -41,8 +41,10 @@ def are_certified(certificate: Mapping[str, Any], weights: Path) -> bool:
         weights: `adapter_model.safetensors`. Without it pickled weights beside it are not opened: they are not.
     """
     certified = certificate.get("sample")
-    if certified is None or not weights.is_file():
-        return certified is None or not weights.with_name(WEIGHTS_NAME).is_file()
+    if certified is None:
+        return True
+    if not weights.is_file():
+        return not weights.with_name(WEIGHTS_NAME).is_file()
     with safe_open(weights, "pt") as file:
         found = _sample(file.keys(), file.get_tensor)
     return certified.keys() == found.keys() and all(are_same_samples(certified[name], found[name]) for name in found)

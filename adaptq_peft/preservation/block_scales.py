@@ -69,19 +69,15 @@ class BlockScales:
             )
         self.unscaled = _outside_of_factors(model, self.adapter, chain.from_iterable(self._layers.values()))
         self._trained = {layer: layer.scaling[self.adapter] for layers in self._layers.values() for layer in layers}
-        self._parameters = {
-            index: [parameter for layer in layers for parameter in linear_parameters(layer, self.adapter)]
-            for index, layers in self._layers.items()
-        }
+        self._parameters = {layer: linear_parameters(layer, self.adapter) for layer in self._trained}
         self._originals: dict[Any, list[tuple[Tensor, Tensor]]] = {}
         self.take_as_trained()
 
     def take_as_trained(self) -> None:
         """From now on the values that the parameters have are those of factor 1."""
-        parameters = {layer: linear_parameters(layer, self.adapter) for layer in self._trained}
         self._originals = {
             layer: [(parameter, parameter.detach().clone()) for parameter in own]
-            for layer, own in parameters.items()
+            for layer, own in self._parameters.items()
             if any(parameter.itemsize < 4 for parameter in own)
         }
 
@@ -116,7 +112,7 @@ class BlockScales:
             for layer in layers:
                 if layer not in self._originals:
                     layer.scaling[self.adapter] = self._trained[layer]
-                    for parameter in linear_parameters(layer, self.adapter):
+                    for parameter in self._parameters[layer]:
                         parameter.mul_(float(factor))
 
     def gradient(self, factors: np.ndarray, documents: Documents, batch_size: int) -> np.ndarray:
@@ -126,7 +122,7 @@ class BlockScales:
         """
         factors = np.maximum(factors, SMALLEST)
         self.set(factors)
-        flat = [parameter for parameters in self._parameters.values() for parameter in parameters]
+        flat = [*chain.from_iterable(self._parameters.values())]
         flags = [parameter.requires_grad for parameter in flat]
         try:
             for parameter in flat:
@@ -145,7 +141,7 @@ class BlockScales:
                 gradients = torch.autograd.grad(loss, flat, allow_unused=True)
             products += torch.tensor([_dot(g, p) for g, p in zip(gradients, flat, strict=True)], dtype=torch.float64)
             count += len(batch.targets)
-        sizes = [len(parameters) for parameters in self._parameters.values()]
+        sizes = [sum(len(self._parameters[layer]) for layer in layers) for layers in self._layers.values()]
         return np.array([float(part.sum()) for part in products.split(sizes)]) / count
 
 
@@ -191,11 +187,16 @@ def layers_by_block(model: nn.Module, adapter: str) -> list[tuple[Block, dict[st
             {
                 f"{block.name}.{name}": module
                 for name, module in block.module.named_modules()
-                if isinstance(module, BaseTunerLayer) and adapter in getattr(module, "scaling", {})
+                if _is_scaled(module, adapter)
             },
         )
         for block in find_blocks(model.get_base_model(), pattern or None)  # type: ignore[operator]
     ]
+
+
+def _is_scaled(module: nn.Module, adapter: str) -> bool:
+    """Whether an adapter changes a layer, by a scale that the layer holds."""
+    return isinstance(module, BaseTunerLayer) and adapter in getattr(module, "scaling", {})
 
 
 def _outside_of_factors(model: Any, adapter: str, scaled: Iterable[nn.Module]) -> list[str]:
@@ -205,7 +206,7 @@ def _outside_of_factors(model: Any, adapter: str, scaled: Iterable[nn.Module]) -
     outside = [
         name
         for name, module in model.get_base_model().named_modules()
-        if isinstance(module, BaseTunerLayer) and adapter in getattr(module, "scaling", {}) and module not in within
+        if _is_scaled(module, adapter) and module not in within
     ]
     tokens = ["trainable_token_indices"] if getattr(config, "trainable_token_indices", None) else []
     return [*whole, *outside, *tokens]
