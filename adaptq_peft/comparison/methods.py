@@ -190,6 +190,8 @@ def _adaptq_main() -> Iterator[Method]:
     name, title = "adaptq-recipe", "ADAPT-Q, the recipe"
     yield from _also_with_budget(Method(name, title, _adaptq, recipe, anchor="one-sided"))
     yield from _also_with_budget(Method(f"{name}-unanchored", f"{title} without anchor", _adaptq, recipe))
+    name, title = f"{name}-written", f"{title} without general text"
+    yield from _also_with_budget(Method(name, title, _adaptq, recipe, anchor="written-one-sided"))
     recipe = _recipe_4bit_options()
     name, title = "adaptq-recipe-4bit", "ADAPT-Q, the 4-bit recipe"
     yield from _also_one_sided(Method(name, title, _adaptq, recipe, anchor="general"))
