@@ -257,10 +257,11 @@ class AdaptQConfig(PeftConfig):
         if os.path.isfile(weights):
             check_weights_file(weights)
         certificate = getattr(config, "certificate", None)  # the file may be of another method
-        if certificate and not are_certified(certificate, Path(weights)):
+        if certificate and not are_certified(vars(config), Path(weights)):
             warnings.warn(
-                f"The deltas in {weights!r} are not those that fit_to_budget certified: they were changed since, or "
-                "are pickled and not compared. Their certificate is dropped; call fit_to_budget again for one.",
+                f"The deltas in {weights!r} are not those that fit_to_budget certified: they or their scale were "
+                "changed since, or they are pickled and not compared. Their certificate is dropped; call "
+                "fit_to_budget again for one.",
                 stacklevel=2,
             )
             config.certificate = None

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .selection import hidden_states_of
+
 
 class FrozenPrefix:
     """The blocks of a model, of which those below the lowest trained one run without autograd.
@@ -37,14 +39,21 @@ class FrozenPrefix:
 
     def trained_from(self) -> int:
         """Index of the lowest block that is differentiated: with a trainable parameter, or one before it; else 0."""
-        if self._trains_embeddings():
+        if self._trains_before_blocks():
             return 0
         for index, name in enumerate(self.block_names):
             if _is_trained(self._model.get_submodule(name)):
                 return index
         return 0
 
-    def _trains_embeddings(self) -> bool:
+    def _trains_before_blocks(self) -> bool:
+        """Whether embeddings are trained, or what is registered before the blocks, as a projector of images is."""
+        first = f"{self.block_names[0]}." if self.block_names else ""
+        for name, parameter in self._model.named_parameters():
+            if name.startswith(first):
+                break
+            if parameter.requires_grad:
+                return True
         try:
             embeddings = self._model.get_input_embeddings()
         except (AttributeError, NotImplementedError):  # no transformers model, or one that reads no tokens
@@ -125,7 +134,7 @@ def _is_trained(module: nn.Module) -> bool:
 
 
 def _require_grad_of_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    _require_grad(args[0] if args else kwargs["hidden_states"])
+    _require_grad(args[0] if args else hidden_states_of(kwargs))
 
 
 def _require_grad(hidden_states: torch.Tensor) -> None:

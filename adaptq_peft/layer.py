@@ -158,14 +158,15 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
         """Whether an adapter has a delta or a correction here."""
         return adapter in self.adaptq_delta or self.is_corrected_by(adapter)
 
+    def parts_of(self, adapter: str) -> dict[str, nn.Module]:
+        """The modules that hold what an adapter trains here, by the name of the dictionary that each is in."""
+        kinds = {kind: getattr(self, kind) for kind in self.adapter_layer_names}
+        return {kind: modules[adapter] for kind, modules in kinds.items() if adapter in modules}
+
     def parameters_of(self, adapter: str) -> list[tuple[str, nn.Parameter]]:
         """What an adapter trains here, by the names in its file, such as "adaptq_delta.weight"."""
-        return [
-            (f"{kind}.{name}", parameter)
-            for kind in self.adapter_layer_names
-            if adapter in getattr(self, kind)
-            for name, parameter in getattr(self, kind)[adapter].named_parameters()
-        ]
+        parts = self.parts_of(adapter).items()
+        return [(f"{kind}.{name}", parameter) for kind, part in parts for name, parameter in part.named_parameters()]
 
     @property
     def is_empty(self) -> bool:
@@ -180,13 +181,21 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = other._active_adapter
         self._disable_adapters = other._disable_adapters
 
-    def remove_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter that was not finished, without choosing another active one as `delete_adapter` does."""
+    def restore_adapter(self, adapter_name: str, parts: dict[str, nn.Module], scale: float | None) -> None:
+        """Put an adapter back as it was, or forget it, without choosing an active one as `delete_adapter` does.
+
+        Args:
+            adapter_name: its name.
+            parts: what `parts_of` gave; empty: there was no such adapter here.
+            scale: its entry in `scaling`; `None` where it had none.
+        """
+        for kind in self.parts_of(adapter_name):
+            del getattr(self, kind)[adapter_name]
+        for kind, part in parts.items():
+            getattr(self, kind)[adapter_name] = part
         self.scaling.pop(adapter_name, None)
-        for name in self.adapter_layer_names:
-            modules = getattr(self, name)
-            if adapter_name in modules:
-                del modules[adapter_name]
+        if scale is not None:
+            self.scaling[adapter_name] = scale
 
     def add_quantized(self, quantized: nn.Module, adapters: list[str]) -> None:
         """Run `quantized` instead of the wrapped layer for these adapters."""

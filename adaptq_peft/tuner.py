@@ -161,15 +161,20 @@ class AdaptQTuner(BaseTuner):
 
     @contextmanager
     def _undo_on_error(self, model: nn.Module, adapter_name: str, forms: BlockForms) -> Iterator[None]:
-        """On any error take the half-made adapter off the model again, so that the model is as it was."""
+        """On any error take the half-made adapter off the model again, so that the model is as it was.
+
+        One of the same name that it was to replace, by a second `get_peft_model` on a model, is put back.
+        """
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        layers = [module for module in model.modules() if isinstance(module, AdaptQLayer)]
+        replaced = {layer: (layer.parts_of(adapter_name), layer.scaling.get(adapter_name)) for layer in layers}
         wrappers = {name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
         try:
             yield
         except BaseException:
             for name, module in reversed(list(model.named_modules())):  # inner layers before those around them
                 if isinstance(module, AdaptQLayer):
-                    module.remove_adapter(adapter_name)
+                    module.restore_adapter(adapter_name, *replaced.get(module, ({}, None)))
                     if module.is_empty and not module.quantized_for:
                         model.set_submodule(name, module.base_layer)
                 elif isinstance(module, AuxiliaryTrainingWrapper) and name not in wrappers:
@@ -199,8 +204,6 @@ class AdaptQTuner(BaseTuner):
             return
         layer = create_layer(target, adapter_name, config, corrected)
         layer.read_directly = read_directly
-        if adapter_name not in self.active_adapters:  # an additional adapter is not trainable by itself
-            layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]

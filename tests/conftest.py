@@ -50,20 +50,19 @@ def make_llama(num_layers: int = 4, seed: int = 0, **changes) -> LlamaForCausalL
 
 def make_gpt2(num_layers: int = 4, seed: int = 0, **changes) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
-    config = GPT2Config(
-        n_embd=64,
-        n_layer=num_layers,
-        n_head=4,
-        n_positions=64,
-        vocab_size=VOCABULARY,
-        bos_token_id=1,
-        eos_token_id=2,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        **changes,
-    )
-    return GPT2LMHeadModel(config)
+    defaults = {
+        "n_embd": 64,
+        "n_layer": num_layers,
+        "n_head": 4,
+        "n_positions": 64,
+        "vocab_size": VOCABULARY,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
+    return GPT2LMHeadModel(GPT2Config(**{**defaults, **changes}))
 
 
 @pytest.fixture

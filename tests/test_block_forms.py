@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -55,6 +57,15 @@ def test_what_is_left_is_reported(llama):
         "model.layers.1.self_attn.k_proj": "its weight is shared with another module",
         "model.layers.1.self_attn.o_proj": "named in exclude_modules or modules_to_save",
     }
+
+
+def test_excluded_linears_are_not_rounded_where_adapted_blocks_are(llama):
+    before = copy.deepcopy(llama.model.layers[3].mlp)
+    fields = {"original_weights": "dequantized", "exclude_modules": ["up_proj"]}
+    get_peft_model(llama, AdaptQConfig(layers_to_transform=[3], **fields))
+    mlp = llama.model.layers[3].mlp
+    assert torch.equal(mlp.up_proj.weight, before.up_proj.weight)
+    assert not torch.equal(mlp.down_proj.weight, before.down_proj.weight)
 
 
 @pytest.mark.parametrize("normalize", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from adaptq_peft import AdaptQConfig, autoload, profile_activations
 from adaptq_peft.cli import app
+from adaptq_peft.cli_tables import show_memory_plan
 from adaptq_peft.demo import run
 from adaptq_peft.demo.reload import ReloadError
-from adaptq_peft.evaluation import plan_memory
+from adaptq_peft.evaluation import MemoryPlan, MethodMemory, WeightBytes, plan_memory
 
 RUNNER = CliRunner(env={"COLUMNS": "120", "NO_COLOR": "1"})
 
@@ -127,6 +130,37 @@ def test_plan_prints_tables(checkpoint):
         assert expected in result.output
 
 
+def test_the_tables_of_a_plan_show_each_figure_in_its_place():
+    weights = WeightBytes(quantized_linears=1 << 30, dense_linears=2 << 30, adapters=3 << 30, other=4 << 30)
+    method = MethodMemory(weights, trained_parameters=5_000_000, gradients=6 << 30, optimizer_states={"sgd": 7 << 30})
+    plan = MemoryPlan(
+        num_blocks=4,
+        adapted=[3],
+        dtype="bfloat16",
+        methods={"ADAPTQ": method},
+        unquantized=weights,
+        paper_ratio=0.4,
+        planned_ratio=0.5,
+        peak_in_memory=8 << 30,
+        peak_presplit=9 << 30,
+    )
+    show_memory_plan(Console(file=(out := StringIO()), width=160), "m", plan)
+    shown = out.getvalue()
+    rows = [line.split("\u2502")[1:3] for line in shown.splitlines() if line.startswith("\u2502")]
+    assert {name.strip(): figure.strip() for name, figure in rows} == {
+        "trained parameters": "5.0 M",
+        "linears of the blocks, quantized": "1.000 GiB",
+        "linears of the blocks, others": "2.000 GiB",
+        "trained beside the weights": "3.000 GiB",
+        "everything else of the model": "4.000 GiB",
+        "gradients": "6.000 GiB",
+        "sgd: states": "7.000 GiB",
+        "in all": "23.000 GiB",
+    }
+    assert "0.5000 planned, 0.4000 by the" in shown
+    assert "8.000 GiB if the model is loaded whole, 9.000 GiB if it is loaded split" in shown
+
+
 def test_plan_says_where_the_weights_are_not_those_of_the_config(checkpoint):
     config = Path(checkpoint) / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
@@ -139,12 +173,31 @@ def test_plan_says_where_the_weights_are_not_those_of_the_config(checkpoint):
     assert "No safetensors headers at hand: dtype and shapes are those of config.json." in result.output
 
 
-def test_plan_as_json_is_that_of_the_function(checkpoint):
-    options = ["--num-blocks", "1", "--quantization", "int8", "--frozen-rank", "2"]
+@pytest.mark.parametrize(
+    ("options", "fields", "ranks"),
+    [
+        (
+            ["--num-blocks", "1", "--quantization", "int8", "--frozen-rank", "2"],
+            {"num_adapted_blocks": 1, "quantization": "int8", "frozen_rank": 2},
+            {},
+        ),
+        (
+            ["--num-blocks", "1", "--quantization", "auto", "--weight-budget", "6 bits"],
+            {"num_adapted_blocks": 1, "quantization": "auto", "weight_budget": "6 bits"},
+            {},
+        ),
+        (
+            ["--ratio", "0.25", "--delta-dtype", "bfloat16", "--lora-rank", "2", "--galore-rank", "3"],
+            {"selection_ratio": 0.25, "delta_dtype": "bfloat16"},
+            {"lora_rank": 2, "galore_rank": 3},
+        ),
+    ],
+)
+def test_plan_as_json_is_that_of_the_function(checkpoint, options, fields, ranks):
     result = RUNNER.invoke(app, ["plan", checkpoint, *options, "--json"])
     assert result.exit_code == 0, result.output
-    config = AdaptQConfig(num_adapted_blocks=1, quantization="int8", frozen_rank=2, delta_dtype="float32")
-    assert json.loads(result.output) == plan_memory(checkpoint, config).to_dict()
+    config = AdaptQConfig(**{"delta_dtype": "float32", **fields})
+    assert json.loads(result.output) == plan_memory(checkpoint, config, **ranks).to_dict()
 
 
 def test_plan_with_a_budget(checkpoint):
@@ -153,6 +206,16 @@ def test_plan_with_a_budget(checkpoint):
     result = RUNNER.invoke(app, ["plan", checkpoint, "--budget", "1KB"])
     assert result.exit_code == 1
     assert "Error: a budget of 1,000 bytes does not fit one adapted block" in result.output
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "galore_adamw"])
+def test_the_budget_of_a_plan_is_for_the_optimizer_that_is_given(checkpoint, optimizer):
+    needed = plan_memory(checkpoint, AdaptQConfig(num_adapted_blocks=2), galore_rank=2).methods["ADAPTQ"]
+    budget = ["--budget", f"{needed.training(optimizer) / 1000}KB"]
+    options = [*budget, "--optimizer", optimizer, "--galore-rank", "2", "--json"]
+    result = RUNNER.invoke(app, ["plan", checkpoint, *options])
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.output)["adapted"]) == 2
 
 
 @pytest.mark.parametrize("budget", [[], ["--budget", "1GiB"]])
@@ -192,6 +255,18 @@ def test_profile_writes_what_a_config_reads(checkpoint, texts, tmp_path, stream)
     assert profile.num_samples == 60
     assert profile.magnitude == profile.general_magnitude
     assert profile == profile_activations(AutoModelForCausalLM.from_pretrained(checkpoint), texts, general_data=texts)
+
+
+@pytest.mark.filterwarnings("ignore:Profiled 3 calibration samples")
+def test_profile_options_reach_the_profile_and_the_table(checkpoint, texts, tmp_path):
+    output = str(tmp_path / "profile.json")
+    options = ["--samples", "3", "--max-length", "2", "--batch-size", "1", "--ratio", "0.25", "--strategy", "first"]
+    result = RUNNER.invoke(app, ["profile", checkpoint, "--data", texts, "--output", output, *options])
+    assert result.exit_code == 0, result.output
+    profile = AdaptQConfig(profile=output).profile
+    assert (profile.num_samples, profile.num_tokens) == (3, 6)
+    rows = [line.split() for line in result.output.splitlines() if line.strip()[:1].isdigit()]
+    assert [(row[0], row[-1]) for row in rows] == [("0", "adapted"), *((block, "quantized") for block in "123")]
 
 
 def test_profile_with_a_strategy_that_needs_general_text(checkpoint, texts):
@@ -298,14 +373,6 @@ def test_profile_with_sensitivities(checkpoint, texts, tmp_path, monkeypatch):
     result = RUNNER.invoke(app, ["profile", checkpoint, *options, "--stream"])
     assert result.exit_code == 1
     assert "is on the meta device and has no weights" in result.output.replace("\n", " ")
-
-
-def test_plan_of_memory_with_a_weight_budget(checkpoint):
-    options = ["--quantization", "auto", "--weight-budget", "6 bits"]
-    result = RUNNER.invoke(app, ["plan", checkpoint, *options, "--num-blocks", "1", "--json"])
-    assert result.exit_code == 0, result.output
-    config = AdaptQConfig(num_adapted_blocks=1, quantization="auto", weight_budget="6 bits", delta_dtype="float32")
-    assert json.loads(result.output) == plan_memory(checkpoint, config).to_dict()
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from adaptq_peft.delta_linear import add_deltas, delta_linear
+from adaptq_peft.delta_linear import _scratch, add_deltas, delta_linear
 
 
 def tensors(dtype=torch.float64, transposed=False, count=1, requires_grad=True):
@@ -144,10 +146,23 @@ def test_layers_of_different_sizes_do_not_disturb_each_other():
     torch.testing.assert_close(outputs[0], outputs[1])
 
 
-def test_a_first_call_in_inference_mode_does_not_break_training():
-    size = (97, 89)  # larger than any other here, so that the buffer is made now
-    base, delta = torch.randn(size), torch.randn(size, requires_grad=True)
+def test_threads_do_not_share_the_buffer():
+    places = []
+
+    def note():
+        places.append(_scratch.like(torch.empty(3, 4), torch.float32).data_ptr())
+
+    note()
+    thread = threading.Thread(target=note)
+    thread.start()
+    thread.join()
+    assert places[0] != places[1]
+
+
+def test_a_first_call_in_inference_mode_does_not_break_training(monkeypatch):
+    monkeypatch.setattr(_scratch, "_buffers", {})
+    base, delta = torch.randn(3, 4), torch.randn(3, 4, requires_grad=True)
     with torch.inference_mode():
-        delta_linear(torch.randn(2, 89), base, None, [delta], [1.0])
-    delta_linear(torch.randn(2, 89), base, None, [delta], [1.0]).sum().backward()
+        delta_linear(torch.randn(2, 4), base, None, [delta], [1.0])
+    delta_linear(torch.randn(2, 4), base, None, [delta], [1.0]).sum().backward()
     assert delta.grad is not None

@@ -4,10 +4,12 @@ import copy
 import json
 
 import pytest
+import torch
 
 from adaptq_peft.block_forms import quantize_blocks
-from adaptq_peft.fingerprint import check_base, fingerprint_base
+from adaptq_peft.fingerprint import MAX_TENSORS, check_base, fingerprint_base, spread
 from adaptq_peft.quantization import resolve_quantization
+from adaptq_peft.quantization.origin import sampled_values
 from adaptq_peft.selection import find_blocks
 
 
@@ -32,11 +34,14 @@ def test_the_same_weights_pass_whether_quantized_or_not(model):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_same_weights_in_another_dtype_pass(llama, dtype):
-    import torch
-
     before = fingerprint(llama)
     llama.to(getattr(torch, dtype))
     check_base(before, fingerprint(llama))
+
+
+def test_another_base_in_another_dtype_is_another_base(make_model):
+    with pytest.raises(ValueError, match="sampled tensors differ"):
+        check_base(fingerprint(make_model(seed=0)), fingerprint(make_model(seed=1).bfloat16()))
 
 
 def test_equal_shapes_with_other_values_are_another_base(make_model):
@@ -78,3 +83,11 @@ def test_what_is_random_in_each_process_does_not_count(make_model):
     model.lm_head.weight.data.normal_()
     model.resize_token_embeddings(120)
     check_base(before, fingerprint(model))
+
+
+def test_what_is_sampled_is_part_of_the_file_format():
+    """From other tensors, or other places in them, the base of each saved adapter would look like another one."""
+    assert spread([str(i) for i in range(2 * MAX_TENSORS)]) == [str(2 * i) for i in range(MAX_TENSORS)]
+    assert spread(["a", "b"]) == ["a", "b"]
+    assert sampled_values(torch.arange(64).view(8, 8), 4) == [8.0, 24.0, 40.0, 56.0]
+    assert sampled_values(torch.arange(3), 4) == [0.0, 1.0, 2.0]

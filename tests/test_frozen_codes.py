@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from adaptq_peft import AdaptQConfig, adaptq_bnb_config
 from adaptq_peft.quantization import is_quantized, quantize_linear
+from adaptq_peft.quantization.calibrated import mixed_calibration_batches
 
 METHODS = ["gptq", "descent"]
 
@@ -33,6 +34,20 @@ def test_it_is_nearer_to_the_original_than_plain_rounding(model, samples, batch,
     wrapped = get_peft_model(model, config(samples, quantization_calibration=method))
     assert error_of(wrapped, base, batch) < error_of(plain, base, batch)
     assert wrapped.base_model.quantization_report.plain == {}
+
+
+def test_it_is_calibrated_on_the_domain_and_general_text(llama, samples, monkeypatch):
+    seen, tokenizer = [], str.split
+
+    def note(model, *data, **options):
+        seen.append((data, options["tokenizer"]))
+        raise KeyError("noted")
+
+    monkeypatch.setattr("adaptq_peft.frozen_codes.mixed_calibration_batches", note)
+    domain, general = samples[:30], samples[30:]
+    with pytest.raises(KeyError, match="noted"):
+        get_peft_model(llama, config(domain, general_calibration_data=general, calibration_tokenizer=tokenizer))
+    assert seen == [((domain, general), tokenizer)]
 
 
 def test_weights_that_get_other_codes_are_not_rounded_plainly(make_model, samples, batch, tmp_path, monkeypatch):
@@ -169,6 +184,17 @@ def test_beside_an_adapter_with_other_codes_or_on_other_blocks(llama, samples, b
     with pytest.raises(ValueError, match=r"freezes blocks that adapters \['first'\] on this model do not freeze, and"):
         wrapped.add_adapter("second", config(samples, layers_to_transform=[0]))
     assert torch.equal(logits(wrapped, batch), expected)
+
+
+def test_beside_an_adapter_without_quantization(llama, samples, monkeypatch):
+    def few(*args, **options):
+        return mixed_calibration_batches(*args, tokens=512, **options)
+
+    monkeypatch.setattr("adaptq_peft.frozen_codes.mixed_calibration_batches", few)
+    wrapped = get_peft_model(llama, config(samples, original_weights="keep"), adapter_name="first")
+    wrapped.add_adapter("plain", config(quantization_calibration=None, quantization="none", original_weights="keep"))
+    wrapped.add_adapter("second", config(samples, original_weights="keep"))
+    assert list(wrapped.peft_config) == ["first", "plain", "second"]
 
 
 def test_codes_that_a_deleted_adapter_left_are_not_taken_for_plain_rounding(llama, samples, batch, tmp_path):

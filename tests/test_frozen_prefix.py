@@ -123,6 +123,15 @@ def test_checkpointing_follows_the_active_adapter(llama):
     assert checkpointed() == [False, False, False, True]
 
 
+def test_checkpointing_that_was_switched_off_stays_off(llama):
+    wrapped = wrap(llama, [3], quantization="none")
+    wrapped.add_adapter("low", AdaptQConfig(layers_to_transform=[1], quantization="none", frozen_rank=0))
+    wrapped.activation_checkpointing_enable()
+    llama.gradient_checkpointing_disable()
+    wrapped.set_adapter("low")
+    assert not any(block.module.gradient_checkpointing for block in find_blocks(llama))
+
+
 def test_the_input_hook_stays_one_when_an_adapter_is_added(llama, batch):
     wrapped = wrap(llama, [2])
     wrapped.enable_input_require_grads()
@@ -150,6 +159,30 @@ def test_trainable_embeddings_still_get_their_gradient(llama, batch):
     assert any("embed_tokens.modules_to_save" in name for name in gradients)
     wrapped.gradient_checkpointing_enable()
     assert [block.module.gradient_checkpointing for block in find_blocks(llama)] == [True] * 4
+
+
+def test_blocks_above_trained_position_embeddings_are_checkpointed(gpt2):
+    wrapped = wrap(gpt2, [3], modules_to_save=["wpe"])
+    wrapped.activation_checkpointing_enable()
+    assert all(block.module.gradient_checkpointing for block in find_blocks(gpt2))
+
+
+class OtherName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def test_blocks_that_take_their_input_by_another_name():
+    model = nn.Module()
+    model.layers = nn.ModuleList([OtherName(), OtherName()])
+    model.forward = lambda x: model.layers[1](x=model.layers[0](x=x))
+    wrapped = get_peft_model(model, AdaptQConfig(layers_to_transform=[1], quantization="none", frozen_rank=0))
+    wrapped.enable_input_require_grads()
+    model.forward(torch.ones(2, 4)).sum().backward()
 
 
 def test_a_model_without_blocks_uses_its_own_method():

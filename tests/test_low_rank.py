@@ -83,6 +83,12 @@ class TestArithmetic:
         torch.testing.assert_close(left, values[rank:].square().sum().sqrt(), atol=1e-5, rtol=1e-4)
         assert len(a) == min(rank, 6)
 
+    def test_the_repair_of_a_bfloat16_weight_is_in_float32(self):
+        original = torch.randn(6, 8).bfloat16()
+        a, b = rounding_repair(original, torch.zeros_like(original), 6)
+        assert a.dtype == b.dtype == torch.float32
+        torch.testing.assert_close(b @ a, original.float(), atol=1e-5, rtol=1e-4)
+
 
 class TestLayer:
     @pytest.fixture(params=["linear", "no bias", "conv1d"])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
-from support import tiny_qwen_moe, tiny_t5
+from support import logits, tiny_qwen_moe, tiny_t5
 from torch import nn
 
 from adaptq_peft import AdaptQConfig
@@ -44,6 +44,22 @@ def test_each_sample_needs_a_name(two_adapters, batch, names):
     message = f"should be the same as the number of inputs, but got {len(names)} and 4 respectively"
     with pytest.raises(ValueError, match=message):
         two_adapters(**batch, adapter_names=names)
+
+
+def test_modules_that_are_saved_whole_are_one_for_each_sample_too(llama, batch):
+    def config():
+        return AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[3], modules_to_save=["lm_head"])
+
+    wrapped, outputs = get_peft_model(llama, config()), {}
+    wrapped.add_adapter("second", config())
+    for name, factor in (("default", 2), ("second", 3)):
+        wrapped.lm_head.modules_to_save[name].weight.data.mul_(factor)
+        wrapped.set_adapter(name)
+        outputs[name] = logits(wrapped, batch)
+    names = ["second", "default", "second", "default"]
+    with torch.no_grad():
+        found = wrapped(**batch, adapter_names=names).logits
+    torch.testing.assert_close(found, torch.stack([outputs[name][row] for row, name in enumerate(names)]))
 
 
 def test_routers_of_experts_and_their_experts():

@@ -6,7 +6,7 @@ import pytest
 from peft import get_peft_model
 from torch import nn
 
-from adaptq_peft import AdaptQConfig
+from adaptq_peft import ActivationProfile, AdaptQConfig
 from adaptq_peft.plan import make_plan
 
 
@@ -26,6 +26,28 @@ def test_explicit_blocks_skip_the_profile(llama):
     plan = make_plan(llama, AdaptQConfig(layers_to_transform=[2, 0]), {})
     assert plan.adapted == [0, 2]
     assert plan.profile is None
+
+
+def test_the_profile_is_made_as_the_config_says(llama, monkeypatch):
+    seen, tokenizer = {}, str.split
+
+    def profile(model, data, **options):
+        seen.update(options, data=data)
+        return ActivationProfile(magnitude=[1.0] * 4, update=[1.0] * 4, num_samples=50, num_tokens=500)
+
+    monkeypatch.setattr("adaptq_peft.plan.profile_activations", profile)
+    config = AdaptQConfig(
+        calibration_data=["a"],
+        general_calibration_data=["b"],
+        calibration_tokenizer=tokenizer,
+        calibration_samples=7,
+        calibration_max_length=9,
+        calibration_batch_size=3,
+        layers_pattern="layers",
+    )
+    make_plan(llama, config, {})
+    expected = {"samples": 7, "max_length": 9, "batch_size": 3, "layers_pattern": "layers", "tokenizer": tokenizer}
+    assert seen == {"data": ["a"], "general_data": None, **expected}
 
 
 def test_an_index_out_of_range(llama):
@@ -59,6 +81,12 @@ def test_targets_that_name_some_blocks_choose_them(llama):
     assert make_plan(llama, config, {}).adapted == [0, 2]
     config = AdaptQConfig(target_modules=["up_proj"], selection_strategy="first", num_adapted_blocks=1)
     assert make_plan(llama, config, {}).targets == ["model.layers.0.mlp.up_proj"]
+
+
+def test_targets_in_block_10_are_none_in_block_1(make_model):
+    model = make_model(num_layers=12, hidden_size=8, intermediate_size=8)
+    config = AdaptQConfig(target_modules=["layers.10.mlp.up_proj"], quantization="none")
+    assert make_plan(model, config, {}).adapted == [10]
 
 
 def test_targets_outside_of_the_adapted_blocks_are_an_error(llama, samples):

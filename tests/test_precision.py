@@ -22,9 +22,14 @@ from transformers import (
 from adaptq_peft import AdaptQConfig, adaptq_bnb_config, hotswap_adapter, profile_activations
 from adaptq_peft.evaluation import measure_weight_bytes, plan_memory
 from adaptq_peft.layer import AdaptQLayer
-from adaptq_peft.precision import measure_block_sensitivity, sensitivity_batches
+from adaptq_peft.precision import choose_precision, measure_block_sensitivity, sensitivity_batches
 from adaptq_peft.quantization import is_quantized, quantize_linear, resolve_quantization, settings_of
-from adaptq_peft.quantization.calibrated import mixed_calibration_batches, text
+from adaptq_peft.quantization.calibrated import (
+    CALIBRATION_METHODS,
+    mixed_calibration_batches,
+    quantize_calibrated,
+    text,
+)
 from adaptq_peft.quantization.sensitivity import measure_sensitivity
 from adaptq_peft.selection import find_blocks
 
@@ -216,6 +221,18 @@ class TestCalibrated:
         plain, calibrated = seen
         assert sum(of["nf4"] for of in calibrated.values()) < 0.8 * sum(of["nf4"] for of in plain.values())
 
+    def test_candidates_make_up_for_nothing_that_was_rounded_before(self, llama, samples, monkeypatch):
+        methods = []
+
+        def note(*args):
+            methods.append(args[-1])
+            return quantize_calibrated(*args)
+
+        monkeypatch.setattr("adaptq_peft.precision.quantize_calibrated", note)
+        fields = {"quantization_calibration": "auto", "calibration_data": samples}
+        choose_precision(llama, find_blocks(llama), [0, 1, 2], config(**fields))
+        assert methods == [CALIBRATION_METHODS["descent"]]
+
 
 def _spy(seen):
     def measure(*args, **kwargs):
@@ -396,6 +413,27 @@ class TestSelection:
         for block in blocks:
             expected = sum(rises[name]["nf4"] for name in rises if name.startswith(f"{block.name}."))
             assert profile.sensitivity[block.index] == pytest.approx(expected, rel=1e-5)
+
+    def test_block_1_has_its_own_beside_block_10(self, make_model, monkeypatch):
+        def measure(model, candidates, batches):
+            return {name: {"rounded": 1.0} for name in candidates}
+
+        monkeypatch.setattr("adaptq_peft.precision.sensitivity_batches", lambda *args: [])
+        monkeypatch.setattr("adaptq_peft.precision.measure_sensitivity", measure)
+        model = make_model(num_layers=12)
+        assert measure_block_sensitivity(model, find_blocks(model), AdaptQConfig()) == [7.0] * 12
+
+    def test_it_is_measured_on_general_text(self, llama, monkeypatch):
+        seen, tokenizer = [], str.split
+
+        def note(model, *data, **options):
+            seen.append((data, options["tokenizer"]))
+
+        monkeypatch.setattr("adaptq_peft.precision.mixed_calibration_batches", note)
+        fields = {"general_calibration_data": ["b"], "calibration_tokenizer": tokenizer}
+        sensitivity_batches(llama, AdaptQConfig(calibration_data=["a"], **fields))
+        sensitivity_batches(llama, AdaptQConfig(calibration_data=["a"]))
+        assert seen == [((["b"],), tokenizer), ((None,), None)]
 
     def test_a_profile_without_it_is_completed(self, llama, samples, monkeypatch):
         profile = profile_activations(llama, samples)

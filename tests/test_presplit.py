@@ -190,6 +190,16 @@ def test_block_1_is_not_taken_for_block_10(make_model, tmp_path):
     assert plain == [1]
 
 
+def test_block_1_is_not_taken_for_block_10_in_a_plan(make_model):
+    """Which has 8 bits, as no frozen block may have."""
+    model = make_model(num_layers=12)
+    names = [name for name, _ in model.named_modules() if name.endswith("_proj")]
+    precision = {name: "int8" if ".layers.10." in name else "nf4" for name in names}
+    adapted = [index for index in range(12) if index != 1]
+    config = AdaptQConfig(layers_to_transform=adapted, quantization="auto", precision=precision)
+    assert adaptq_bnb_config(config, model).load_in_4bit
+
+
 def test_another_head_than_the_checkpoint_names(build, tmp_path):
     build("llama", tmp_path)
     model = load_split(LlamaForSequenceClassification, tmp_path, [1])

@@ -133,6 +133,26 @@ def test_deleting_the_active_adapter_activates_another_one_everywhere(base, batc
     assert torch.equal(logits(model, batch), outputs(alone(base, "third"), "third", batch)[0])
 
 
+def test_an_additional_adapter_is_not_trainable_by_itself(base):
+    model = together(base, ["first", "second"], frozen_rank=2)
+    assert all(".first." in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def test_an_adapter_that_is_added_while_adapters_are_off(base, batch):
+    model = together(base, ["first"], frozen_rank=2, init_weights=False)
+    with model.disable_adapter():
+        off = logits(model, batch)
+        model.add_adapter("third", config("third"))  # adapts what the first one corrects
+        assert torch.equal(logits(model, batch), off)
+
+
+def test_a_second_adapter_on_rounded_weights_leaves_the_first_as_it_was(base, batch):
+    model = together(base, ["first"], original_weights="dequantized")
+    expected = logits(model, batch)
+    model.add_adapter("second", config("first", original_weights="dequantized"))
+    assert torch.equal(logits(model, batch), expected)
+
+
 def test_training_one_adapter_gives_the_same_losses_as_alone(base, batch, train):
     model = together(base, ["first", "second"])
     model.set_adapter("second")
@@ -181,6 +201,27 @@ def test_merging_one_of_several(base, batch):
         merged = model.merge_and_unload()
         assert not any(is_quantized(m) or isinstance(m, AdaptQLayer) for m in merged.modules())
         torch.testing.assert_close(logits(merged, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_adapters_that_are_merged_one_after_the_other_are_those_that_are_active_together(base, batch, rank):
+    model = together(base, ["first", "third"], frozen_rank=rank, init_weights=False)
+    model.base_model.set_adapter(["first", "third"])
+    expected = logits(model, batch)
+    model.merge_adapter(["first"])
+    model.merge_adapter(["third"])
+    torch.testing.assert_close(logits(model, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_that_is_merged_while_another_is_active(llama):
+    model = together(llama, ["first", "third"])
+    layer, x = model.base_model.model.model.layers[0].mlp.up_proj, torch.randn(2, 64)
+    model.set_adapter("first")
+    expected = layer(x)
+    model.set_adapter("third")
+    assert not torch.allclose(layer(x), expected, rtol=1e-3)
+    model.merge_adapter(["first"])
+    torch.testing.assert_close(layer(x), expected)
 
 
 def test_a_combination_covers_the_blocks_of_both(base, batch):

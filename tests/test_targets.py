@@ -47,6 +47,11 @@ def test_target_modules_narrow_the_choice_within_the_block(llama, fields, expect
     assert {name.removeprefix("model.layers.2.") for name in targets(llama, **fields)} == expected
 
 
+def test_block_1_is_not_taken_for_block_10(make_model):
+    found = targets(make_model(num_layers=12, hidden_size=8, intermediate_size=8), index=1)
+    assert {name.split(".")[2] for name in found} == {"1"}
+
+
 def test_all_linear_leaves_the_norms(model):
     names = targets(model, target_modules="all-linear")
     assert names

@@ -321,6 +321,15 @@ class TestUsing:
         assert all(torch.equal(after[name], value) for name, value in before.items())
         assert torch.equal(logits(wrapped, batch), expected)
 
+    def test_switched_off_while_merged(self, model, samples, batch):
+        wrapped = wrap(model, samples, frozen_rank=4, init_weights=False)
+        with wrapped.disable_adapter():
+            off = logits(wrapped, batch)
+        wrapped.merge_adapter()
+        assert not torch.equal(logits(wrapped, batch), off)
+        with wrapped.disable_adapter():
+            assert torch.equal(logits(wrapped, batch), off)
+
     @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
     def test_merge_and_unload_gives_a_plain_model_that_saves_and_loads(
         self, model, samples, batch, quantization, tmp_path
@@ -396,6 +405,18 @@ class TestUsing:
             wrapped.add_adapter("second", AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[2, 3]))
         assert set(wrapped.state_dict()) == names
         assert torch.equal(logits(wrapped, batch), expected)
+
+    def test_a_failed_replacement_leaves_the_adapter(self, llama, batch, monkeypatch):
+        def config():
+            return AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[3], quantization="none", frozen_rank=0)
+
+        first = get_peft_model(llama, config())
+        randomize(first)
+        expected = logits(first, batch)
+        fail_at_call(monkeypatch, AdaptQLayer, "update_layer", call=4)
+        with pytest.raises(MemoryError, match="no memory"):
+            get_peft_model(llama, config())
+        assert torch.equal(logits(first, batch), expected)
 
     def test_reports_of_peft_know_the_layers(self, model, samples, capsys):
         wrapped = wrap(model, samples)

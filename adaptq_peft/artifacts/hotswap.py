@@ -13,7 +13,7 @@ from ..config import AdaptQConfig
 from ..fingerprint import check_base
 from ..layer import AdaptQLayer
 from ..registration import NAME
-from .certified_deltas import sample_deltas
+from .certified_deltas import certified_state
 from .checkpoint import check_adapter_tensors
 from .quantized_blocks import split_quantized
 
@@ -92,8 +92,8 @@ def hotswap_adapter(
     for field in _DESCRIPTION:
         setattr(loaded, field, getattr(new, field))
     if loaded.certificate and loaded.certificate.get("sample"):  # of values that another scale may have changed
-        sample = sample_deltas({name: parameter for name, parameter, _ in matches})
-        loaded.certificate = {**loaded.certificate, "sample": sample}
+        state = certified_state(vars(loaded), {name: parameter for name, parameter, _ in matches})
+        loaded.certificate = {**loaded.certificate, **state}
 
 
 def _loaded_config(model: nn.Module, adapter_name: str) -> AdaptQConfig:

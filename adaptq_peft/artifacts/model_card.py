@@ -78,7 +78,7 @@ def update_model_card(folder: str | os.PathLike[str]) -> None:
     weights, certificate = read_weights(folder), config.get("certificate")
     file = folder / SAFETENSORS_WEIGHTS_NAME
     damaged = file.is_file() and weights.num_values is None
-    certified = not certificate or damaged or are_certified(certificate, file)
+    certified = not certificate or damaged or are_certified(config, file)
     card.text = _replace_section(card.text, render_section(config, weights, certified))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".adaptq-") as staging:
         RepoCard.save(card, Path(staging, CARD_NAME))
@@ -302,7 +302,7 @@ def _certificate(certificate: Mapping[str, Any] | None, certified: bool) -> list
     if not certificate:
         return []
     if not certified:
-        changed = "they were changed since, or are pickled and not compared"
+        changed = "they or their scale were changed since, or they are pickled and not compared"
         return [
             "### Forgetting",
             f"Not certified: the deltas are not those that `fit_to_budget` certified ({changed}).",

@@ -17,6 +17,7 @@ from ..evaluation_mode import evaluation_mode
 from ..layer import AdaptQLayer
 from ..selection import Block, find_blocks
 from .documents import Documents
+from .original_model import trains_biases
 
 #: Where the derivative at 0 is taken: a delta has no gradient where its factor is exactly 0.
 SMALLEST = 1e-3
@@ -42,8 +43,8 @@ class BlockScales:
 
     Attributes:
         blocks: indices of the blocks that have something to scale.
-        unscaled: what stays as it was trained: the adapter's `modules_to_save`, its layers outside of all blocks, and
-            `trainable_token_indices`.
+        unscaled: what stays as it was trained: the adapter's `modules_to_save`, its layers outside of all blocks,
+            `trainable_token_indices`, and biases of the base that PEFT's `bias` trains.
 
     Raises:
         ValueError: if there is no such adapter, several are active, it is merged or switched off, it runs at another
@@ -209,7 +210,7 @@ def _outside_of_factors(model: Any, adapter: str, scaled: Iterable[nn.Module]) -
         if _is_scaled(module, adapter) and module not in within
     ]
     tokens = ["trainable_token_indices"] if getattr(config, "trainable_token_indices", None) else []
-    return [*whole, *outside, *tokens]
+    return [*whole, *outside, *tokens, *(["bias"] if trains_biases(model, config) else [])]
 
 
 def _dot(gradient: Tensor | None, parameter: Tensor) -> float:

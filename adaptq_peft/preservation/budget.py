@@ -21,7 +21,7 @@ from peft import get_peft_model_state_dict
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..artifacts.certified_deltas import sample_deltas
+from ..artifacts.certified_deltas import certified_state
 from ..config import AdaptQConfig
 from .block_scales import BlockScales
 from .bounds import MIN_DOCUMENTS, degradation_of, upper_bounds
@@ -104,7 +104,7 @@ def fit_to_budget(
     config = model.peft_config[scales.adapter]  # type: ignore[union-attr, index]
     if isinstance(config, AdaptQConfig) and report.feasible:
         tensors = get_peft_model_state_dict(model, adapter_name=scales.adapter, save_embedding_layers=False)
-        config.certificate = {**report.certificate(), "sample": sample_deltas(tensors)}
+        config.certificate = {**report.certificate(), **certified_state(vars(config), tensors)}
     return report
 
 

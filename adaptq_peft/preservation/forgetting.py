@@ -110,6 +110,8 @@ class BaseReference:
             if domain is not None:
                 domain_losses, domain_top = _measure_with_top(model, domain, batch_size, top_k)
         check_finite(general_losses, "base")
+        if domain_losses is not None:
+            check_finite(domain_losses, "base on domain text")
         return cls(general, general_losses, domain, domain_losses, domain_top, batch_size)
 
 
@@ -185,6 +187,7 @@ def compare(model: nn.Module, reference: BaseReference) -> tuple[TextComparison,
         return general, None, None
     quantized = measure_quantized(model, reference.domain, reference.domain_losses, size)
     adapted, kl = measure_domain(model, reference)
+    check_finite(adapted, "adapted model on domain text")
     return general, TextComparison(reference.domain_losses, quantized, adapted), kl
 
 

@@ -89,14 +89,18 @@ def changes_base(model: nn.Module) -> bool:
 
 def _change_of_the_base(model: nn.Module, config: PeftConfig) -> str | None:
     """The argument by which an adapter changes the weights of its base, if one does."""
-    start, bias = getattr(config, "init_lora_weights", None), getattr(config, "bias", "none")
+    start = getattr(config, "init_lora_weights", None)
     if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
         return f"init_lora_weights={start!r}"
     if getattr(config, "kasa_config", None) is not None:
         return "kasa_config"
-    if isinstance(bias, str) and bias != "none" and any(n.endswith(".bias") for n, _ in model.named_parameters()):
-        return f"bias={bias!r}"
-    return None
+    return f"bias={getattr(config, 'bias', None)!r}" if trains_biases(model, config) else None
+
+
+def trains_biases(model: nn.Module, config: PeftConfig) -> bool:
+    """Whether an adapter trains biases of its base, by `bias` in PEFT's configs."""
+    bias = getattr(config, "bias", "none")
+    return isinstance(bias, str) and bias != "none" and any(n.endswith(".bias") for n, _ in model.named_parameters())
 
 
 @contextmanager

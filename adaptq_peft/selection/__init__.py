@@ -1,6 +1,6 @@
 """Which blocks are adapted: find the blocks, profile them on calibration data, choose K of them."""
 
-from .blocks import Block, find_blocks
+from .blocks import Block, find_blocks, hidden_states_of
 from .profiling import ActivationProfile, profile_activations
 from .strategies import (
     SelectionRequest,
@@ -17,6 +17,7 @@ __all__ = [
     "Block",
     "SelectionRequest",
     "find_blocks",
+    "hidden_states_of",
     "profile_activations",
     "register_selection_strategy",
     "select_blocks",

@@ -1,10 +1,12 @@
-"""Finds the transformer blocks of a model."""
+"""Finds the transformer blocks of a model, and the hidden states in what they take and give."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,15 @@ def find_blocks(model: nn.Module, layers_pattern: str | list[str] | None = None)
         )
     named = [(f"{name}.{i}", block) for name, blocks in chosen.items() for i, block in enumerate(blocks)]
     return [Block(index, name, module) for index, (name, module) in enumerate(named)]
+
+
+def hidden_states_of(values: Any) -> Tensor:
+    """The hidden states among the named inputs or the output of a block: by that name, else the first entry."""
+    if isinstance(values, Tensor):
+        return values
+    if isinstance(values, Mapping):
+        return values["hidden_states"] if "hidden_states" in values else next(iter(values.values()))
+    return values[0]
 
 
 def _candidate_lists(model: nn.Module, any_classes: bool = False) -> dict[str, nn.ModuleList]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
+from transformers import GenerationConfig
 
 from ..evaluation_mode import evaluation_mode
 from ..offloading import input_device
@@ -129,24 +131,28 @@ def write_calibration_samples(model: nn.Module, count: int, length: int, seed: i
     device = input_device(model)
     prompts = torch.full((count, 1), start, dtype=torch.long, device=device).split(_WRITTEN_AT_ONCE)
     random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with evaluation_mode(model), torch.no_grad(), random_state:
+    end = config.eos_token_id
+    plain = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=start, eos_token_id=end)
+    with evaluation_mode(model), torch.no_grad(), random_state, _generating_by(model, plain):
         torch.manual_seed(seed)
         written = [
             model.generate(  # type: ignore[operator]
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=max(length - 1, 1),
-                pad_token_id=start,
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max(length - 1, 1)
             )
             for prompt in prompts
         ]
-    end = config.eos_token_id
     ends = set(end if isinstance(end, list) else [end])
     return [{"input_ids": _cut_after_end(row.tolist(), ends)} for batch in written for row in batch]
+
+
+@contextmanager
+def _generating_by(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Within the context nothing of the model's own config, such as a penalty or beams, fills what `config` leaves."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _cut_after_end(tokens: list[int], ends: set[int | None]) -> list[int]:

@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..evaluation_mode import evaluation_mode
 from ..offloading import input_device
-from .blocks import Block, find_blocks
+from .blocks import Block, find_blocks, hidden_states_of
 from .calibration import Batch, batch_sample_count, calibration_batches
 from .streaming import streamed_model
 
@@ -272,15 +272,6 @@ def _hooks(blocks: list[Block], sums: _RunningSums) -> Iterator[None]:
 
 def _recorder(index: int, sums: _RunningSums) -> Any:
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        sums.add(index, args[0] if args else _hidden_states(kwargs), _hidden_states(output))
+        sums.add(index, args[0] if args else hidden_states_of(kwargs), hidden_states_of(output))
 
     return record
-
-
-def _hidden_states(values: Any) -> torch.Tensor:
-    """The hidden states among the named inputs or the output of a block: by that name, else the first entry."""
-    if isinstance(values, torch.Tensor):
-        return values
-    if isinstance(values, Mapping):
-        return values["hidden_states"] if "hidden_states" in values else next(iter(values.values()))
-    return values[0]

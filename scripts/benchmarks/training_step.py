@@ -7,6 +7,8 @@ The variants, all with AdamW, run in turn in one process:
   deltas in the dtype of the weights;
 - calibrated: the same with `quantization_calibration="auto"`; not in the default variants, since it takes minutes;
 - default: `AdaptQConfig()`: half of the blocks by "update" on the batch, the rest with corrections of rank 8;
+- recipe: the config of the recipe in the README, in the dtypes of PEFT: a fifth of the blocks, corrections of rank 64
+  on the rest over int8; lora-64: LoRA r=64 on all linears. Neither is in the default variants;
 - unfrozen: the same blocks of the same base unfrozen directly, without PEFT, the others quantized in the same way;
 - lora: PEFT's LoRA, r=8 on all linears, 16-bit base; qlora: the same with all linears of the blocks in NF4.
 
@@ -57,9 +59,23 @@ def make_adaptq(model: nn.Module, quantization: str, calibration: str | None = N
 
 
 def make_default(model: nn.Module, quantization: str, batch: dict[str, torch.Tensor]) -> nn.Module:
-    data = [{"input_ids": row} for row in batch["input_ids"].tolist()]
-    config = AdaptQConfig(task_type="CAUSAL_LM", quantization=quantization, calibration_data=data)
+    config = AdaptQConfig(task_type="CAUSAL_LM", quantization=quantization, calibration_data=samples_of(batch))
     return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def make_recipe(model: nn.Module, batch: dict[str, torch.Tensor]) -> nn.Module:
+    config = AdaptQConfig(
+        task_type="CAUSAL_LM",
+        selection_ratio=0.2,
+        frozen_rank=64,
+        quantization="int8",
+        calibration_data=samples_of(batch),
+    )
+    return get_peft_model(model, config)
+
+
+def samples_of(batch: dict[str, torch.Tensor]) -> list[dict[str, list[int]]]:
+    return [{"input_ids": row} for row in batch["input_ids"].tolist()]
 
 
 def make_unfrozen(model: nn.Module, quantization: str) -> nn.Module:
@@ -72,9 +88,9 @@ def make_unfrozen(model: nn.Module, quantization: str) -> nn.Module:
     return model
 
 
-def make_lora(model: nn.Module, quantization: str) -> nn.Module:
+def make_lora(model: nn.Module, quantization: str, rank: int = 8) -> nn.Module:
     quantize_blocks(model, find_blocks(model), resolve_quantization(quantization))
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"))
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules="all-linear"))
 
 
 def make_step(model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
@@ -93,7 +109,7 @@ def parse() -> argparse.Namespace:
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--quantization", default="nf4", help="of frozen blocks, in all variants but lora and qlora")
+    parser.add_argument("--quantization", default="nf4", help="of frozen blocks where the variant leaves it open")
     parser.add_argument("--variants", nargs="+", default=["adaptq", "default", "unfrozen", "lora", "qlora"])
     return parser.parse_args()
 
@@ -106,8 +122,10 @@ def main() -> None:
         "adaptq": lambda model: make_adaptq(model, arguments.quantization),
         "default": lambda model: make_default(model, arguments.quantization, batch),
         "calibrated": lambda model: make_adaptq(model, arguments.quantization, "auto"),
+        "recipe": lambda model: make_recipe(model, batch),
         "unfrozen": lambda model: make_unfrozen(model, arguments.quantization),
         "lora": lambda model: make_lora(model, "none"),
+        "lora-64": lambda model: make_lora(model, "none", rank=64),
         "qlora": lambda model: make_lora(model, "nf4"),
     }
     models = {name: makers[name](copy.deepcopy(base)) for name in arguments.variants}

@@ -58,33 +58,33 @@ def test_deltas_are_known_again_also_rounded_and_under_names_without_prefix(tmp_
     rounded = {name: t.bfloat16() if t.is_floating_point() else t for name, t in tensors.items()}
     for certified in (tensors, plain):
         for saved in (tensors, rounded):
-            assert are_certified({"sample": sample_deltas(certified)}, write(saved, tmp_path))
+            assert are_certified({"certificate": {"sample": sample_deltas(certified)}}, write(saved, tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["adaptq_delta", "adaptq_low_rank_B"])
 def test_a_change_of_one_percent_is_noticed(kind, tmp_path):
     tensors = tensors_of(1)
     changed = {name: t * 1.01 if kind in name else t for name, t in tensors.items()}
-    assert not are_certified({"sample": sample_deltas(tensors)}, write(changed, tmp_path))
+    assert not are_certified({"certificate": {"sample": sample_deltas(tensors)}}, write(changed, tmp_path))
 
 
 def test_deltas_of_zero_are_told_from_any_other(tmp_path):
     name = "layers.0.adaptq_delta.weight"
-    certificate = {"sample": sample_deltas({name: torch.zeros(3, 3)})}
-    assert are_certified(certificate, write({name: torch.zeros(3, 3)}, tmp_path))
-    assert not are_certified(certificate, write({name: torch.full((3, 3), 1e-9)}, tmp_path))
+    config = {"certificate": {"sample": sample_deltas({name: torch.zeros(3, 3)})}}
+    assert are_certified(config, write({name: torch.zeros(3, 3)}, tmp_path))
+    assert not are_certified(config, write({name: torch.full((3, 3), 1e-9)}, tmp_path))
 
 
 def test_other_tensors_or_shapes_are_others(tmp_path):
-    certificate = {"sample": sample_deltas(tensors_of(2))}
-    assert not are_certified(certificate, write(tensors_of(3), tmp_path))
+    config = {"certificate": {"sample": sample_deltas(tensors_of(2))}}
+    assert not are_certified(config, write(tensors_of(3), tmp_path))
     smaller = {"base_model.model.layers.000.linear.adaptq_delta.weight": torch.zeros(2, 2)}
-    assert not are_certified(certificate, write(tensors_of(2, **smaller), tmp_path))
+    assert not are_certified(config, write(tensors_of(2, **smaller), tmp_path))
 
 
 def test_what_cannot_be_compared_is_taken_as_certified(tmp_path):
-    assert are_certified({"budget": 0.05}, write(tensors_of(1), tmp_path))
-    assert are_certified({"sample": sample_deltas(tensors_of(1))}, tmp_path / "none.safetensors")
+    assert are_certified({"certificate": {"budget": 0.05}}, write(tensors_of(1), tmp_path))
+    assert are_certified({"certificate": {"sample": sample_deltas(tensors_of(1))}}, tmp_path / "none.safetensors")
 
 
 @pytest.fixture
@@ -124,15 +124,15 @@ def test_after_further_training_the_card_does_not_certify_and_loading_drops_the_
     model.save_pretrained(tmp_path / "second")
     card = (tmp_path / "second" / "README.md").read_text()
     assert "### Forgetting, certified" not in card
-    assert "Not certified: the deltas are not those that `fit_to_budget` certified (they were changed since" in card
+    assert "not those that `fit_to_budget` certified (they or their scale were changed since" in card
     with pytest.warns(UserWarning, match=r"deltas in .*second.* are not those that fit_to_budget certified.*again"):
         assert load(make_model, tmp_path, "second").peft_config["default"].certificate is None
 
 
 def test_pickled_deltas_are_not_certified(certified, make_model, tmp_path):
     certified().save_pretrained(tmp_path / "pickled", safe_serialization=False)
-    assert "or are pickled and not compared)." in (tmp_path / "pickled" / "README.md").read_text()
-    with pytest.warns(UserWarning, match="or are pickled and not compared. Their certificate is dropped"):
+    assert "or they are pickled and not compared)." in (tmp_path / "pickled" / "README.md").read_text()
+    with pytest.warns(UserWarning, match="or they are pickled and not compared. Their certificate is dropped"):
         assert load(make_model, tmp_path, "pickled").peft_config["default"].certificate is None
 
 

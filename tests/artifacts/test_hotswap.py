@@ -119,6 +119,15 @@ def test_what_describes_the_deltas_goes_with_them(base, save_adapter, samples):
     assert model.peft_config["default"].profile == AdaptQConfig.from_pretrained(second).profile
 
 
+@pytest.mark.parametrize("field", ["certificate", "evaluation"])
+def test_figures_of_the_old_deltas_do_not_stay(base, save_adapter, field):
+    first, second = save_adapter("first", 1), save_adapter("second", 2)
+    model = load(base, first)
+    setattr(model.peft_config["default"], field, {"general": 1.0})
+    hotswap_adapter(model, second)
+    assert getattr(model.peft_config["default"], field) is None
+
+
 def test_a_transformers_model_with_the_adapter(base, save_adapter, batch):
     first, second = save_adapter("first", 1), save_adapter("second", 2)
     expected = logits(load(base, second), batch)

@@ -46,6 +46,27 @@ def test_a_lower_rank_is_an_approximation(llama):
     assert {tensor.shape[0] for name, tensor in state_dict.items() if "lora_A" in name} == {2}
 
 
+def test_the_adapter_that_is_named_is_converted(llama):
+    wrapped = low_rank_adapter(llama)
+    fields = {"quantization": "none", "frozen_rank": 0, "init_weights": False}
+    wrapped.add_adapter("second", AdaptQConfig(layers_to_transform=[1], target_modules=["q_proj"], **fields))
+    _, state_dict = convert_to_lora(wrapped, rank=1.0, adapter_name="second")
+    name = "base_model.model.model.layers.1.self_attn.q_proj"
+    product = state_dict[f"{name}.lora_B.weight"] @ state_dict[f"{name}.lora_A.weight"]
+    expected = wrapped.get_submodule(name).get_delta_weight("second")
+    torch.testing.assert_close(product, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_modules_that_are_trained_whole_come_along(llama):
+    wrapped = low_rank_adapter(llama, modules_to_save=["lm_head"])
+    trained = wrapped.lm_head.modules_to_save["default"].weight
+    trained.data.mul_(2)
+    config, state_dict = convert_to_lora(wrapped, rank=2)
+    assert list(config.modules_to_save) == ["lm_head"]
+    (head,) = (tensor for name, tensor in state_dict.items() if "lm_head" in name)
+    assert torch.equal(head, trained)
+
+
 def test_what_lora_cannot_hold_is_said(model):
     wrapped = low_rank_adapter(model)
     norms = [m for m in wrapped.modules() if isinstance(m, AdaptQLayer) and not isinstance(m, AdaptQLinear)]

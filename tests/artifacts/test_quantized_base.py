@@ -14,13 +14,14 @@ from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import logits, randomize
+from torch import nn
 from transformers import BitsAndBytesConfig
 
 from adaptq_peft import AdaptQConfig, QuantizedBaseReference, adaptq_bnb_config, hotswap_adapter, quantize_base
 from adaptq_peft.artifacts import quantized_base
 from adaptq_peft.artifacts.quantized_base import FILE_NAME, QuantizedBase
 from adaptq_peft.block_forms import linears_of
-from adaptq_peft.quantization import is_quantized
+from adaptq_peft.quantization import is_quantized, quantize_linear, resolve_quantization
 from adaptq_peft.selection import find_blocks
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -301,6 +302,11 @@ class TestErrors:
         folder = make_base("part", blocks=[0, 1])
         refuse(r"has no codes of \S+\.2\.\S+, which this adapter freezes\. It has 14 linears, the last is", folder)
         get_peft_model(base, config(folder, [2, 3]))
+
+    def test_a_linear_of_another_size(self, folder):
+        larger = quantize_linear(nn.Linear(64, 256, bias=False), resolve_quantization("nf4"))
+        with pytest.raises(ValueError, match=r"bytes of codes of .*q_proj, and the model's linear is \[256, 64\]"):
+            open_base(folder).load_into("model.layers.0.self_attn.q_proj", larger)
 
     def test_other_settings(self, refuse, make_base):
         folder = make_base("fp4", quantization="fp4")

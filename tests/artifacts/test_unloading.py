@@ -92,6 +92,14 @@ def test_merging_with_the_original_frozen_blocks(model, batch):
     torch.testing.assert_close(logits(merged, batch), logits(unquantized, batch), rtol=1e-4, atol=1e-5)
 
 
+def test_corrections_that_are_not_finite_are_an_error_where_merging_is_to_be_safe(llama):
+    wrapped = get_peft_model(llama, config(frozen_rank=2))
+    layer = next(m for m in wrapped.modules() if isinstance(m, AdaptQLayer) and m.is_corrected_by("default"))
+    layer.adaptq_low_rank_B["default"].weight.data[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        wrapped.merge_and_unload(safe_merge=True)
+
+
 def test_originals_that_are_gone_are_an_error_before_anything_changes(llama, batch):
     wrapped = get_peft_model(llama, config())
     randomize(wrapped)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
+from peft.utils import merge_utils
 
 from adaptq_peft import AdaptQConfig
 from adaptq_peft.layer import AdaptQLayer
@@ -41,12 +42,35 @@ def test_linear_is_the_weighted_sum_of_the_changes(wrapped, batch):
         assert torch.isfinite(wrapped(**batch).logits).all()
 
 
-@pytest.mark.parametrize("kind", ["ties", "dare_linear", "dare_ties", "magnitude_prune"])
-def test_the_other_kinds_are_those_of_peft(wrapped, kind):
-    wrapped.add_weighted_adapter(["default", "second"], [1.0, 1.0], "new", combination_type=kind, density=0.5)
-    combined = torch.cat([change.flatten() for change in changes(wrapped, "new")])
-    assert torch.isfinite(combined).all()
-    assert combined.any()
+@pytest.mark.parametrize("density", [0.3, 0.8])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("ties", {"majority_sign_method": "total"}),
+        ("ties", {"majority_sign_method": "frequency"}),
+        ("dare_ties", {"majority_sign_method": "total"}),
+        ("dare_ties", {"majority_sign_method": "frequency"}),
+        ("dare_linear", {}),
+        ("magnitude_prune", {}),
+    ],
+)
+def test_the_other_kinds_are_those_of_peft(wrapped, kind, options, density, monkeypatch):
+    weights, options, combine = [1.0, 0.5], {"density": density, **options}, getattr(merge_utils, kind)
+
+    def seeded(*arguments, **given):
+        torch.manual_seed(1)  # DARE drops values by chance
+        return combine(*arguments, **given)
+
+    monkeypatch.setattr(merge_utils, kind, seeded)
+    wrapped.add_weighted_adapter(["default", "second"], weights, "new", combination_type=kind, **options)
+    for found, *parts in zip(*(changes(wrapped, name) for name in ("new", "default", "second")), strict=True):
+        torch.testing.assert_close(found, seeded(parts, torch.tensor(weights), **options))
+
+
+def test_figures_of_one_adapter_are_not_those_of_all(wrapped):
+    wrapped.peft_config["default"].evaluation = {"general": {"adapted": 2.0}}
+    wrapped.add_weighted_adapter(["default", "second"], [1.0, 1.0], "both")
+    assert wrapped.peft_config["both"].evaluation is None
 
 
 def test_one_adapter_of_weight_one_is_a_copy(wrapped, batch):

@@ -33,7 +33,8 @@ def test_defaults_are_those_of_the_settings(seen):
 def test_lists_and_numbers_reach_the_settings(seen):
     lists = ["--methods", "lora,ratio", "--samples", "50,500", "--seeds", "1,2", "--rates", "1e-4", "--scales", "0.5"]
     numbers = ["--epochs", "2", "--batch-size", "4", "--length", "64", "--budget", "0.05", "--evaluation-tokens", "99"]
-    result = RUNNER.invoke(app, ["compare", *lists, *numbers, "--output-dir", "out", "--dry-run", "--model", "m"])
+    others = ["--validation-tokens", "98", "--dtype", "float32", "--save-adapters", "--output-dir", "out"]
+    result = RUNNER.invoke(app, ["compare", *lists, *numbers, *others, "--dry-run", "--model", "m"])
     assert result.exit_code == 0, result.output
     expected = StudySettings(
         output_dir=Path("out"),
@@ -47,6 +48,9 @@ def test_lists_and_numbers_reach_the_settings(seen):
         length=64,
         budget=0.05,
         evaluation_tokens=99,
+        validation_tokens=98,
+        dtype="float32",
+        save_adapters=True,
     )
     assert seen == [(expected, {"model": "m", "texts": None, "dry_run": True})]
 
@@ -58,6 +62,17 @@ def test_files_become_texts(seen, tmp_path):
     result = RUNNER.invoke(app, ["compare", *(part for name in names for part in (name, str(file)))])
     assert result.exit_code == 0, result.output
     assert len(seen[0][1]["texts"].general_valid) == 5
+
+
+def test_each_file_becomes_the_texts_of_its_name(seen, tmp_path):
+    parts = [f"{text}_{part}" for text in ("domain", "general") for part in ("train", "valid", "test")]
+    options = []
+    for part in parts:
+        (tmp_path / f"{part}.txt").write_text(part)
+        options += [f"--{part.replace('_', '-')}", str(tmp_path / f"{part}.txt")]
+    result = RUNNER.invoke(app, ["compare", *options])
+    assert result.exit_code == 0, result.output
+    assert vars(seen[0][1]["texts"]) == {part: [part] for part in parts}
 
 
 @pytest.mark.parametrize(

@@ -96,19 +96,37 @@ def test_the_general_text_and_anchor_of_a_method(name, has_general, anchor, load
     assert seen.get("anchor") == anchor
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.bfloat16), (torch.float32, None)])
-def test_full_fine_tuning_computes_in_the_dtype_of_the_base(
-    load, dtype, expected, windows, measurements, settings, untrained, monkeypatch
-):
+@pytest.fixture
+def asked(windows, measurements, settings, untrained, monkeypatch):
+    """`asked(run, load, **settings)`: the model and the options that it would be trained with."""
     seen = {}
     monkeypatch.setattr(
         training, "train", lambda model, samples, **options: seen.update(options, model=model) or [1.0]
     )
     monkeypatch.setattr(training, "_StepTimer", lambda: SimpleNamespace(seconds=[1.0]))
-    arguments = (windows, measurements, settings(), lambda step, loss: None, untrained)
-    train_run(run_of("full"), lambda: load().to(dtype), *arguments)
-    assert seen["autocast"] == expected
-    assert {p.dtype for p in seen["model"].parameters()} == {torch.float32}
+
+    def prepare(run, load, **changes):
+        train_run(run, load, windows, measurements, settings(**changes), lambda step, loss: None, untrained)
+        return seen
+
+    return prepare
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.bfloat16), (torch.float32, None)])
+def test_full_fine_tuning_computes_in_the_dtype_of_the_base(load, dtype, expected, asked):
+    options = asked(run_of("full"), lambda: load().to(dtype))
+    assert options["autocast"] == expected
+    assert {p.dtype for p in options["model"].parameters()} == {torch.float32}
+
+
+def test_training_is_that_of_the_run_and_the_settings(load, asked):
+    options = asked(run_of("lora-paper", rate=7e-4), load, weight_decay=0.3, batch_size=2)
+    found = [options[name] for name in ("learning_rate", "accumulation", "weight_decay", "batch_size")]
+    assert found == [7e-4, 4, 0.3, 2]
+
+
+def test_the_budget_is_that_of_the_settings(trained):
+    assert trained(run_of("lora-budget"), budget=0.5)["finish"]["budget"] == 0.5
 
 
 @pytest.mark.parametrize("name", [name for name in method_names() if name not in MAIN])
@@ -225,6 +243,12 @@ def test_written_out_options_are_the_defaults_of_the_config():
 
     config, options = AdaptQConfig(), run_of("adaptq-default").method.options
     assert options == {name: getattr(config, name) for name in options}
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_alpha_of_lora_is_twice_its_rank(name):
+    options = run_of(name).method.options
+    assert "lora_alpha" not in options or options["lora_alpha"] == 2 * options["r"]
 
 
 def test_rates_of_full_rank_and_of_fixed_recipes():

@@ -17,6 +17,7 @@ from adaptq_peft.comparison import study as study_module
 from adaptq_peft.comparison.methods import resolve_methods
 from adaptq_peft.comparison.plots import plot_fronts
 from adaptq_peft.comparison.training import Trained, draw_samples, num_steps
+from adaptq_peft.demo.training import training_windows
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MEMORY = {"trained_parameters": 10, "weights": 1, "gradients": 1, "optimizer_states": 1, "total": 3}
@@ -132,6 +133,20 @@ def test_other_weights_in_the_same_folder_are_another_model(fake, settings, chec
         run_study(settings(methods=("lora",), rates=(1e-3,)), model=str(folder), texts=texts, console=console)
         counts.append(len(fake.ran))
     assert counts == [1, 1, 2]
+
+
+def test_runs_on_other_texts_are_other_runs(fake, settings, checkpoint, texts, console):
+    counts = []
+    for each in (texts, texts, replace(texts, general_test=texts.general_test[1:])):
+        run_study(settings(methods=("lora",), rates=(1e-3,)), model=str(checkpoint), texts=each, console=console)
+        counts.append(len(fake.ran))
+    assert counts == [1, 1, 2]
+
+
+def test_samples_are_cut_from_the_training_text_of_the_domain(settings, checkpoint, texts, tokenizer, console):
+    study = study_module._Study(settings(methods=("lora",)), str(checkpoint), texts, console)
+    expected = training_windows(tokenizer, texts.domain_train, 16)
+    assert [w["input_ids"].tolist() for w in study.windows] == [w["input_ids"].tolist() for w in expected]
 
 
 def test_study_that_goes_on_keeps_its_dtype(fake, study, monkeypatch, tmp_path):
@@ -261,8 +276,33 @@ def test_settings_report_all_faults_at_once():
         StudySettings(rates=(1e-4, 0), epochs=0, scales=(1.5,))
     with pytest.raises(ValueError, match=r"seeds=\(1, 1\), must be one or more different values"):
         StudySettings(seeds=(1, 1))
+    with pytest.raises(ValueError, match=r"budget=-1, must be above -1; 0.02 allows 2% more"):
+        StudySettings(budget=-1)
     with pytest.raises(ValueError, match=r"dtype='int8', must be one of \['auto', 'float32'"):
         StudySettings(dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 2),
+        ("batch_size", 2),
+        ("length", 8),
+        ("weight_decay", 0.2),
+        ("evaluation_tokens", 99),
+        ("validation_tokens", 99),
+        ("max_length", 16),
+        ("anchor_samples", 2),
+        ("budget", 0.5),
+        ("scales", (0.5,)),
+    ],
+)
+def test_a_run_depends_on_what_it_is_made_and_measured_with(settings, name, value):
+    assert settings(**{name: value}).of_a_run() != settings().of_a_run()
+
+
+def test_a_run_does_not_depend_on_which_others_there_are(settings):
+    assert settings(samples=(9,), seeds=(3,), rates=(1.0,), methods=("lora",)).of_a_run() == settings().of_a_run()
 
 
 @pytest.mark.filterwarnings("ignore:Profiled 8 calibration samples")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields, replace
 
 import pytest
 
 from adaptq_peft.comparison.texts import (
     LEAST_DOCUMENTS,
     LEAST_TOKENS,
+    StudyTexts,
     cut_documents,
     hold_out,
     largest_cap,
@@ -73,6 +75,11 @@ def test_validation_is_held_out_where_none_is_given(tmp_path):
     given = read_study_texts({**files, "domain_valid": v})
     assert (len(given.domain_train), given.domain_valid[0]) == (40, "v.json 0")
     assert given.digest != texts.digest
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(StudyTexts)])
+def test_the_digest_is_of_all_texts(texts, name):
+    assert replace(texts, **{name: [*getattr(texts, name), "more"]}).digest != texts.digest
 
 
 def test_missing_file_is_named(tmp_path):

@@ -69,6 +69,12 @@ def test_lora_and_full_fine_tuning(save, kind):
     assert methods["full fine-tuning"].weights == measure_weight_bytes(load(folder, kind).float())
 
 
+def test_each_method_trains_in_the_dtype_of_the_deltas(save):
+    plan = plan_memory(save("llama", torch.float32), AdaptQConfig(layers_to_transform=[1], delta_dtype="bfloat16"))
+    for method in plan.methods.values():
+        assert method.gradients == 2 * method.trained_parameters
+
+
 def test_lora_of_a_model_with_layers_that_peft_lets_no_lora_onto(tmp_path):
     sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16}
     Mamba2ForCausalLM(Mamba2Config(**sizes, state_size=8, n_groups=1)).save_pretrained(tmp_path)
@@ -155,6 +161,16 @@ class TestBudget:
         assert needed == sorted(needed)
         for count, budget in ((1, needed[1] - 1), (2, needed[1]), (3, needed[3] - 1), (4, needed[3]), (4, "4mb")):
             assert largest_num_adapted_blocks(folder, budget, optimizer="sgd") == count
+
+    def test_it_is_counted_with_the_rank_of_galore(self, save):
+        folder = save("llama")
+        low, high = (
+            plan_memory(folder, AdaptQConfig(num_adapted_blocks=2), galore_rank=rank).methods["ADAPTQ"]
+            for rank in (2, 128)
+        )
+        budget, options = low.training("galore_adamw"), {"optimizer": "galore_adamw", "galore_rank": 2}
+        assert budget < high.training("galore_adamw")
+        assert largest_num_adapted_blocks(folder, budget, **options) == 2
 
     def test_too_small_a_budget_says_what_is_needed(self, save):
         folder = save("llama")

@@ -194,13 +194,28 @@ def test_an_anchored_run_forgets_less(make_model, general_samples, batch, wrap, 
     assert after[True][1] > 0.5  # nats: the domain is learned
 
 
-def test_what_is_logged_is_the_mean_of_all_processes(make_model, general_samples, monkeypatch):
+@pytest.mark.parametrize("mode", ["kl", "replay"])
+def test_as_many_texts_are_held_and_as_much_of_each_as_asked(llama, general_samples, mode):
+    answers = Anchor.from_base(llama, general_samples, samples=3, max_length=4, mode=mode).answers
+    assert [len(text.input_ids) for text in answers] == [4] * 3
+
+
+def test_what_is_logged_holds_no_graph(make_model, general_samples):
     anchor = Anchor.from_base(make_model(), general_samples)
+    anchor.loss(lora(make_model()))
+    assert not anchor._sum.requires_grad
+
+
+def test_what_is_logged_and_what_the_weight_follows_is_the_mean_of_all_processes(
+    make_model, general_samples, monkeypatch
+):
+    anchor = Anchor.from_base(make_model(), general_samples, target_kl=1.0)
     alone = Anchor(anchor.answers)
     alone.loss(adaptq(make_model()))
     monkeypatch.setattr("adaptq_peft.preservation.anchor._process", lambda: (0, 2))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda kl: kl.add_(3.0))
     anchor.loss(adaptq(make_model()))
+    assert anchor.weight > 1
     assert anchor.pop_metrics()["anchor_kl"] == pytest.approx((alone.pop_metrics()["anchor_kl"] + 3) / 2)
 
 
@@ -229,12 +244,16 @@ class TestOrder:
         assert first != second
 
     def test_processes_take_different_texts(self, llama, general_samples, monkeypatch):
-        anchor = Anchor.from_base(llama, general_samples, batch_size=10)
-        seen = []
+        answers, seen = Anchor.from_base(llama, general_samples).answers, []
         for rank in range(2):
             monkeypatch.setattr("adaptq_peft.preservation.anchor._process", lambda rank=rank: (rank, 2))
-            seen += self.texts(Anchor(anchor.answers, batch_size=10))
+            seen += self.texts(Anchor(answers, batch_size=5), 2)
         assert sorted(seen) == sorted(sample["input_ids"] for sample in general_samples)
+
+    def test_it_is_that_of_the_seed(self, llama, general_samples):
+        answers = Anchor.from_base(llama, general_samples).answers
+        first, again, other = (self.texts(Anchor(answers, batch_size=20, seed=seed)) for seed in (0, 0, 1))
+        assert first == again != other
 
     def test_it_goes_on_from_a_saved_state(self, llama, general_samples):
         anchor = Anchor.from_base(llama, general_samples, batch_size=3)

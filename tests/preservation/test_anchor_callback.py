@@ -180,13 +180,24 @@ def test_a_second_run_begins_as_the_first(make_model, general_samples, make_trai
     assert len(set(weights[0][0])) > 1
 
 
-def test_schedule_free_optimizers_are_in_training_mode(make_model, general_samples):
-    """They hold other weights while the model is evaluated, and the Trainer calls them back within the step."""
+def test_the_model_and_schedule_free_optimizers_are_in_training_mode(make_model, general_samples):
+    """They are not after an evaluation, and the Trainer switches both after the step has begun."""
     anchor, calls = PreservationCallback.from_base(make_model(), general_samples), []
     optimizer = SimpleNamespace(scaler=None, train=lambda: calls.append(torch.is_grad_enabled()))
     state, arguments = SimpleNamespace(train_batch_size=4), SimpleNamespace(per_device_train_batch_size=4)
-    anchor.on_step_begin(arguments, state, None, model=lora(make_model()), optimizer=optimizer)
+    model = lora(make_model()).eval()
+    anchor.on_step_begin(arguments, state, None, model=model, optimizer=optimizer)
     assert len(calls) == 1
+    assert model.training
+
+
+@pytest.mark.parametrize(("name", "has_figures"), [("loss", True), ("eval_loss", False)])
+def test_its_figures_are_beside_the_loss_of_the_training(make_model, general_samples, name, has_figures):
+    anchor = PreservationCallback.from_base(make_model(), general_samples)
+    anchor.loss(lora(make_model()))
+    logs, state = {name: 1.0}, SimpleNamespace(log_history=[{}])
+    anchor.on_log(None, state, None, logs=logs)
+    assert ["anchor_kl" in entry for entry in (logs, *state.log_history)] == [has_figures] * 2
 
 
 @pytest.mark.parametrize(
@@ -204,10 +215,11 @@ def test_what_it_can_not_work_with(llama, general_samples, changes, name):
         PreservationCallback.from_base(llama, general_samples).on_train_begin(arguments, None, None, model=llama)
 
 
-def test_fsdp_by_accelerate_is_refused_too(llama, general_samples, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
+def test_what_accelerate_brings_is_refused_too(llama, general_samples, monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
     arguments = SimpleNamespace(deepspeed=None, fsdp=[], optim="adamw_torch")
-    with pytest.raises(ValueError, match="can't be used with fsdp"):
+    with pytest.raises(ValueError, match=f"can't be used with {name}"):
         PreservationCallback.from_base(llama, general_samples).on_train_begin(arguments, None, None, model=llama)
 
 

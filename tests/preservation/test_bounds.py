@@ -65,6 +65,20 @@ def test_bound_is_above_the_mean_shrinks_with_documents_and_repeats():
     assert np.array_equal(many, upper_bounds(differences, num_tokens))
 
 
+@pytest.mark.parametrize(("confidence", "quantile"), [(0.8, 0.842), (0.95, 1.645)])
+def test_with_many_documents_it_is_the_one_sided_quantile_of_the_normal(confidence, quantile):
+    differences = np.random.default_rng(0).normal(0, 1, (1, 1000))
+    error = differences.std(ddof=1) / math.sqrt(1000)
+    found = upper_bounds(differences, np.ones(1000), confidence)[0]
+    assert (found - differences.mean()) / error == pytest.approx(quantile, abs=0.12)
+
+
+def test_a_tail_of_rises_widens_the_bound_more_than_one_of_falls():
+    rises, num_tokens = -np.log((np.arange(40)[None] + 0.5) / 40), np.ones(40)  # as an exponential distribution
+    above, below = (upper_bounds(each, num_tokens)[0] - each.mean() for each in (rises, -rises))
+    assert above > 1.2 * below
+
+
 def test_a_model_equal_to_the_base_has_the_bound_zero():
     assert upper_bounds(np.zeros((1, 10)), np.full(10, 7.0)).tolist() == [0]
 

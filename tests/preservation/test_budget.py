@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +19,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from support import logits, randomize_trained
+from support import logits, randomize, randomize_trained
 from tqdm import tqdm
 
 from adaptq_peft import AdaptQConfig, BaseReference, fit_to_budget, measure_forgetting
@@ -31,6 +34,21 @@ from adaptq_peft.preservation.documents import measure_documents, tokenize_docum
 def mean_loss(model, documents):
     total = measure_documents(model, documents).total
     return total.nll / total.num_tokens
+
+
+def texts_in(documents):
+    return {tuple(window.tokens.tolist()) for window in documents.windows}
+
+
+@pytest.fixture
+def certify_only(monkeypatch):
+    """`certify_only(*factors)`: the candidates are these factors on both blocks, and no other."""
+
+    def run(*factors):
+        some = [budget_search.Setting(factor * np.ones(2)) for factor in factors]
+        monkeypatch.setattr(budget_module, "candidates", lambda points: some)
+
+    return run
 
 
 #: Methods of PEFT whose change of the weight can be scaled.
@@ -70,6 +88,13 @@ def test_one_backward_pass_gives_the_derivative_of_each_scale(scaled, general, t
             scales.set(moved)
             losses.append(mean_loss(scaled, documents))
         assert found[block] == pytest.approx((losses[0] - losses[1]) / 0.04, rel=0.03, abs=1e-4)
+
+
+def test_the_derivative_is_taken_without_dropout(load, general, tokenizer):
+    lora = LoraConfig(target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
+    scales, documents = BlockScales(get_peft_model(load(), lora).train()), tokenize_documents(tokenizer, general)
+    first, second = (scales.gradient(np.ones(4), documents, batch_size=8) for _ in range(2))
+    assert np.array_equal(first, second)
 
 
 def test_fold_gives_the_outputs_of_set(scaled, batch):
@@ -113,7 +138,7 @@ def test_a_budget_is_held_and_survives_save_load_and_merge(
     assert list(report.scales) == [1, 3]
     assert 0 <= min(report.scales.values()) < 1 or report.shrinkage > 0
     certificate = model.peft_config["default"].certificate
-    assert certificate == {**report.certificate(), "sample": certificate["sample"]}
+    assert {**certificate, **report.certificate()} == certificate
     expected = logits(model, batch)
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(load(), tmp_path / "adapter")
@@ -179,10 +204,117 @@ def test_an_error_on_the_way_leaves_the_adapter_as_it_was(
     assert torch.equal(logits(model, batch), before)
 
 
-def test_a_harmless_adapter_keeps_its_scale(adapt, general, domain, tokenizer):
+def test_a_harmless_adapter_keeps_its_scale(adapt, general, domain, tokenizer, certify_only):
+    certify_only(1.0, 0.0)
     report = fit_to_budget(adapt(std=1e-5, quantization="none"), general, domain, 0.05, tokenizer=tokenizer)
     assert report.feasible
+    assert report.scales == {1: 1.0, 3: 1.0}
     assert report.quantization == 0
+
+
+def test_a_wide_budget_leaves_the_least_loss_on_the_domain(adapt, load, general, domain, tokenizer):
+    reference = BaseReference.of(load(), general, domain, tokenizer=tokenizer)
+    model = adapt(std=0.3, quantization="none")
+    least = min(mean_loss(each, reference.domain) for each in (load(), model))
+    fit_to_budget(model, base=reference, budget=1e6)
+    assert mean_loss(model, reference.domain) <= least + 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_certifies_had_no_part_in_choosing(family, adapt, load, general, domain, tokenizer, monkeypatch):
+    chosen_on, certified_on, is_certifying = set(), set(), []
+    fit, measure, shrinkage = budget_module._Fit, budget_module.measure_documents, budget_module.DeltaShrinkage
+    certify, gradient = fit.certify, BlockScales.gradient
+
+    def measured(model, documents, **options):
+        (certified_on if is_certifying else chosen_on).update(texts_in(documents))
+        return measure(model, documents, **options)
+
+    def shrunk(model, domain, general, size):
+        chosen_on.update(texts_in(general))
+        return shrinkage(model, domain, general, size)
+
+    def derived(scales, factors, documents, size):
+        chosen_on.update(texts_in(documents))
+        return gradient(scales, factors, documents, size)
+
+    monkeypatch.setattr(budget_module, "measure_documents", measured)
+    monkeypatch.setattr(budget_module, "DeltaShrinkage", shrunk)
+    monkeypatch.setattr(BlockScales, "gradient", derived)
+    monkeypatch.setattr(fit, "certify", lambda *arguments: is_certifying.append(1) or certify(*arguments))
+    reference = BaseReference.of(load(), general, domain, tokenizer=tokenizer)
+    fit_to_budget(adapt(std=0.3), base=reference, family=family)
+    assert certified_on
+    assert not certified_on & chosen_on
+    assert texts_in(reference.general) == certified_on | (chosen_on - texts_in(reference.domain))
+
+
+def test_candidates_are_bounded_jointly_at_the_confidence_that_is_asked_for(
+    adapt, general, domain, tokenizer, certify_only, monkeypatch
+):
+    calls, bounds = [], budget_module.upper_bounds
+
+    def record(differences, num_tokens, confidence, seed):
+        calls.append((len(differences), confidence))
+        return bounds(differences, num_tokens, confidence, seed)
+
+    monkeypatch.setattr(budget_module, "upper_bounds", record)
+    certify_only(1.0, 0.5, 0.0)
+    fit_to_budget(adapt(std=0.3), general, domain, confidence=0.7, tokenizer=tokenizer)
+    assert calls[-1] == (3, 0.7)
+    assert {confidence for _, confidence in calls} == {0.7}
+
+
+@pytest.fixture
+def fit_as_trained(adapt, load, general, domain, tokenizer, certify_only):
+    """`fit_as_trained(budget, std=0.3)`: the report on an adapter that is not weakened."""
+    reference = BaseReference.of(load(), general, domain, tokenizer=tokenizer)
+    certify_only(1.0)
+
+    def run(budget, std=0.3):
+        return fit_to_budget(adapt(std=std, quantization="none"), base=reference, budget=budget)
+
+    return run
+
+
+def test_the_budget_is_one_of_the_perplexity_not_of_the_loss(fit_as_trained):
+    bound = fit_as_trained(1e3).upper_bound
+    assert bound > 0
+    assert not fit_as_trained((bound + math.log1p(bound)) / 2).feasible
+
+
+def test_where_only_the_mean_is_within_the_budget_more_documents_are_asked_for(fit_as_trained):
+    found = fit_as_trained(1e3, std=0.03)
+    assert found.degradation < found.upper_bound
+    found = fit_as_trained((found.degradation + found.upper_bound) / 2, std=0.03)
+    assert not found.feasible
+    assert found.note.startswith("The mean is within the budget, but 12 documents are too few to show it")
+
+
+@pytest.fixture
+def fit_named(load, general, domain, tokenizer, tmp_path):
+    """A model whose adapter, named otherwise than PEFT names one, has been certified and saved; and its folder."""
+    config = AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=[1, 3], frozen_rank=0)
+    model = get_peft_model(load(), config, adapter_name="mine")
+    randomize(model, "mine")
+    assert fit_to_budget(model, general, domain, 1e3, tokenizer=tokenizer).feasible
+    model.save_pretrained(tmp_path)
+    return model, tmp_path / "mine"
+
+
+def test_an_adapter_of_another_name_is_certified(fit_named, load):
+    model, folder = fit_named
+    certificate = model.peft_config["mine"].certificate
+    assert certificate["sample"]
+    assert PeftModel.from_pretrained(load(), folder).peft_config["default"].certificate == certificate
+
+
+def test_a_scale_that_was_changed_since_is_not_certified(fit_named, load):
+    _, folder = fit_named
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"delta_scaling": 4.0}))
+    with pytest.warns(UserWarning, match="they or their scale were changed since"):
+        assert PeftModel.from_pretrained(load(), folder).peft_config["default"].certificate is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -234,9 +366,11 @@ def test_quantizing_is_not_blamed_where_it_cost_nothing(adapt, general, domain, 
     assert f"{others}: ['lm_head']." in report.note
 
 
-def test_what_has_no_factor_is_named(load):
+def test_what_has_no_factor_is_named(load, make_model):
     lora = LoraConfig(target_modules=["q_proj", "lm_head"], trainable_token_indices=[3], modules_to_save=["norm"])
     assert BlockScales(get_peft_model(load(), lora)).unscaled == ["norm", "lm_head", "trainable_token_indices"]
+    biases = LoraConfig(target_modules=["q_proj"], bias="all")
+    assert BlockScales(get_peft_model(make_model(attention_bias=True), biases)).unscaled == ["bias"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

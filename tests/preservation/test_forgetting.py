@@ -9,21 +9,23 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from support import logits, randomize, tiny_t5
+from torch import nn
 
 from adaptq_peft import AdaptQConfig, BaseReference, measure_forgetting
 from adaptq_peft.comparison.methods import quantize_lower_blocks
+from adaptq_peft.preservation.documents import measure_documents, tokenize_documents
 from adaptq_peft.preservation.forgetting import _top_log_probs as top_log_probs
 from adaptq_peft.preservation.forgetting import kl_divergence
-from adaptq_peft.preservation.original_model import original_model
+from adaptq_peft.preservation.original_model import check_base_is_kept, original_model
 
 
 def test_the_base_is_the_same_from_before_the_checkpoint_kept_weights_and_another_model(
     adapt, load, general, domain, tokenizer
 ):
     reference = BaseReference.of(load(), general, domain, tokenizer=tokenizer)
-    reports = [measure_forgetting(adapt(), base=reference, budget=0.05)]
+    reports = [measure_forgetting(adapt(), base=reference)]
     reports += [
-        measure_forgetting(model, general, domain, tokenizer=tokenizer, base=base, budget=0.05)
+        measure_forgetting(model, general, domain, tokenizer=tokenizer, base=base)
         for model, base in ((adapt(), None), (adapt(original_weights="keep"), None), (adapt(), load()))
     ]
     assert {report.general.base.total.nll for report in reports} == {reference.general_losses.total.nll}
@@ -34,7 +36,36 @@ def test_the_base_is_the_same_from_before_the_checkpoint_kept_weights_and_anothe
     assert report.training != 0
     assert report.domain_kl > 0
     assert report.upper_bound > report.degradation
-    assert report.feasible == (report.upper_bound <= 0.05)
+
+
+def test_a_budget_is_held_by_the_bound_not_by_the_mean(adapt, load, general, tokenizer):
+    model, reference = adapt(), BaseReference.of(load(), general, tokenizer=tokenizer)
+    report = measure_forgetting(model, base=reference)
+    budgets = ((report.degradation + report.upper_bound) / 2, report.upper_bound)
+    assert [measure_forgetting(model, base=reference, budget=budget).feasible for budget in budgets] == [False, True]
+
+
+def test_more_confidence_is_a_higher_bound(adapt, load, general, tokenizer):
+    model, reference = adapt(), BaseReference.of(load(), general, tokenizer=tokenizer)
+    low, high = (measure_forgetting(model, base=reference, confidence=confidence) for confidence in (0.6, 0.95))
+    assert low.degradation < low.upper_bound < high.upper_bound
+
+
+def test_the_domain_is_measured_with_the_adapter_on_and_off(adapt, general, domain, tokenizer):
+    model = adapt()
+    report = measure_forgetting(model, general, domain, tokenizer=tokenizer)
+    documents = tokenize_documents(tokenizer, domain)
+    assert report.domain.adapted.total == measure_documents(model, documents).total
+    with model.disable_adapter():
+        assert report.domain.quantized.total == measure_documents(model, documents).total != report.domain.base.total
+
+
+def test_documents_are_cut_as_asked(load, general, domain, tokenizer):
+    sizes = {"max_length": 6, "stride": 3, "max_tokens": 9}
+    reference = BaseReference.of(load(), general, domain, tokenizer=tokenizer, **sizes)
+    for documents, texts in ((reference.general, general), (reference.domain, domain)):
+        expected = tokenize_documents(tokenizer, texts, **sizes)
+        assert [len(window.tokens) for window in documents.windows] == [len(w.tokens) for w in expected.windows]
 
 
 def test_the_model_is_as_it_was_afterwards(adapt, general, domain, tokenizer, batch):
@@ -54,6 +85,12 @@ def test_original_model_is_bit_identical_to_the_base_and_undone_after_an_error(a
         assert torch.equal(logits(model, batch), expected)
         raise RuntimeError("stop")
     assert torch.equal(logits(model, batch), before)
+
+
+def test_original_model_has_the_dtype_that_the_model_was_cast_to(adapt, load, batch):
+    model, expected = adapt().to(torch.bfloat16), logits(load().to(torch.bfloat16), batch)
+    with original_model(model):
+        assert torch.equal(logits(model, batch), expected)
 
 
 def test_a_layer_that_one_adapter_trains_and_another_froze_runs_its_original(adapt, load, batch):
@@ -89,6 +126,23 @@ def test_kl_of_the_top_is_a_lower_bound_and_exact_with_the_whole_vocabulary():
     assert kl_divergence(top_log_probs(base, 10), base) == pytest.approx(0, abs=1e-4)
 
 
+def test_kl_is_a_token_of_the_domain(adapt, load, general, domain, tokenizer):
+    model, base = adapt().eval(), load().eval()
+    total, num_tokens = 0.0, 0
+    for text in domain:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            p, q = (each(input_ids=ids).logits[0, :-1].double().log_softmax(-1) for each in (base, model))
+        total, num_tokens = total + (p.exp() * (p - q)).sum().item(), num_tokens + len(p)
+    report = measure_forgetting(model, general, domain, tokenizer=tokenizer)
+    assert report.domain_kl == pytest.approx(total / num_tokens, rel=1e-3)
+
+
+def test_the_top_is_as_wide_as_asked(load, general, domain, tokenizer):
+    reference = BaseReference.of(load(), general, domain, tokenizer=tokenizer, top_k=3)
+    assert {top.tokens.shape[1] for top in reference.domain_top} == {3}
+
+
 def test_report_prints_and_plots(adapt, general, domain, tokenizer, tmp_path):
     report = measure_forgetting(adapt(), general, domain, tokenizer=tokenizer, budget=-0.5)
     text = str(report)
@@ -120,6 +174,8 @@ def test_what_is_missing_is_named(adapt, make_model, general, tokenizer):
     merged.merge_adapter()
     with pytest.raises(ValueError, match="adapters are merged into this model"):
         measure_forgetting(merged, general, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"can't be had from this one: .* has rounded all blocks"):
+        measure_forgetting(adapt(original_weights="dequantized"), general, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["transformers", "compiled"])
@@ -148,6 +204,15 @@ def test_where_there_is_no_base_nothing_is_compared(load, general, tokenizer):
         ValueError, match="T5ForConditionalGeneration has an encoder and a decoder; BaseReference works"
     ):
         BaseReference.of(tiny_t5(), general, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("start", ["corda", "loftq", "lora_ga"])
+def test_starts_that_need_data_of_their_own_change_the_base_too(start):
+    model, config = nn.Module(), LoraConfig()
+    config.init_lora_weights = start  # on its own, without the rest of such a config
+    model.peft_config = {"default": config}
+    with pytest.raises(ValueError, match=f"init_lora_weights='{start}', which changes the base's weights"):
+        check_base_is_kept(model)
 
 
 def test_with_a_reference_it_matters_not_how_an_adapter_began(load, general, tokenizer):
@@ -182,7 +247,7 @@ def test_prompt_tuning_is_measured(load, general, tokenizer):
     )
 
 
-def test_texts_are_strings_or_rows_with_a_text(load, general, tokenizer):
+def test_texts_are_strings_or_rows_with_a_text(load, general, domain, tokenizer):
     expected = BaseReference.of(load(), general, tokenizer=tokenizer).general_losses.total.nll
     for texts in (Dataset.from_dict({"text": general}), [{"text": text} for text in general], iter(general)):
         assert BaseReference.of(load(), texts, tokenizer=tokenizer).general_losses.total.nll == expected
@@ -190,5 +255,22 @@ def test_texts_are_strings_or_rows_with_a_text(load, general, tokenizer):
     short.config.max_position_embeddings = 8
     with pytest.raises(ValueError, match=r"windows of \d+ tokens are longer than the 8 positions .* max_length=8"):
         BaseReference.of(short, general, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"windows of \d+ tokens are longer than the 8 positions"):
+        BaseReference.of(short, [text[:5] for text in general], domain, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="batch_size=0; it must be at least 1"):
         BaseReference.of(load(), general, tokenizer=tokenizer, batch_size=0)
+
+
+def test_losses_that_are_no_numbers_are_named(adapt, load, general, domain, tokenizer):
+    broken = load()
+    nn.init.constant_(broken.lm_head.weight, math.nan)
+    with pytest.raises(ValueError, match="the loss of the base is nan on document 0"):
+        BaseReference.of(broken, general, tokenizer=tokenizer)
+    token = load()
+    token.model.embed_tokens.weight.data[tokenizer("z")["input_ids"][1]] = math.nan
+    with pytest.raises(ValueError, match=f"the loss of the base on domain text is nan on document {len(domain)}"):
+        BaseReference.of(token, general, [*domain, "az za zz"], tokenizer=tokenizer)
+    model = adapt()
+    next(p for name, p in model.named_parameters() if "adaptq_delta" in name).data.fill_(math.nan)
+    with pytest.raises(ValueError, match="the loss of the adapted model is nan on document 0"):
+        measure_forgetting(model, general, tokenizer=tokenizer)

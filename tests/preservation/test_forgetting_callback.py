@@ -20,7 +20,7 @@ class Tracker(TrainerCallback):
 
 @pytest.fixture
 def run(adapt, load, general, domain, tokenizer, tmp_path):
-    def build(budget=None, std=0.0, lr=1e-3, early=(), before=(), adapter=(), **options):
+    def build(budget=None, confidence=0.95, std=0.0, lr=1e-3, early=(), before=(), adapter=(), **options):
         samples = [{**tokenizer(text), "labels": tokenizer(text)["input_ids"]} for text in domain]
         arguments = TrainingArguments(
             output_dir=str(tmp_path / "out"), per_device_train_batch_size=1, max_steps=4, eval_steps=2,
@@ -33,7 +33,7 @@ def run(adapt, load, general, domain, tokenizer, tmp_path):
         trainer = Trainer(
             model, arguments, train_dataset=samples, eval_dataset=samples[:2], callbacks=[tracker, *before]
         )
-        trainer.add_callback(ForgettingCallback(trainer, reference, budget=budget))
+        trainer.add_callback(ForgettingCallback(trainer, reference, budget=budget, confidence=confidence))
         for callback in early:
             trainer.add_callback(callback)
         trainer.train()
@@ -54,10 +54,14 @@ def test_figures_are_logged_to_every_tracker_at_each_evaluation(run):
 
 
 def test_figures_are_metrics_of_the_evaluation(run):
-    trainer, _, _ = run()
+    trainer, _, reference = run(confidence=0.6)
     found = trainer.evaluate()
     assert {name for name in found if name.startswith(("eval_general", "eval_domain"))} == set(METRICS)
-    assert found["eval_general_perplexity"] > 1
+    report = measure_forgetting(trainer.model, base=reference, confidence=0.6)
+    assert found["eval_general_upper_bound"] == pytest.approx(report.upper_bound)
+    assert found["eval_general_perplexity"] == pytest.approx(report.general.adapted.total.value)
+    assert found["eval_domain_perplexity"] == pytest.approx(report.domain.adapted.total.value)
+    assert found["eval_domain_change"] == pytest.approx(report.domain.degradation)
 
 
 def test_weights_that_change_after_training_are_measured_anew(run):
@@ -149,6 +153,12 @@ def test_training_stops_where_the_budget_is_passed(run):
 
 def test_training_goes_on_within_the_budget(run):
     trainer, _, _ = run(budget=1e6)
+    assert trainer.state.global_step == 4
+
+
+def test_what_quantizing_cost_stops_nothing(run):
+    trainer, _, _ = run(budget=0.0, lr=0.0)
+    assert trainer.state.log_history[-2]["eval_general_degradation"] > 0
     assert trainer.state.global_step == 4
 
 

@@ -58,6 +58,12 @@ def test_the_model_is_left_as_it_was(llama, general_samples):
     assert all(parameter.grad is None for parameter in llama.parameters())
 
 
+def test_a_model_in_training_answers_without_dropout(make_model, general_samples):
+    model = make_model(attention_dropout=0.5)
+    expected, found = (BaseAnswers.of(each, general_samples, top_k=5) for each in (model.eval(), model.train()))
+    assert same(found, expected)
+
+
 def test_saved_answers_load_bit_for_bit(llama, general_samples, tmp_path):
     answers = BaseAnswers.of(llama, general_samples, top_k=5)
     answers.save(tmp_path / "answers.safetensors")
@@ -106,6 +112,19 @@ def test_without_text_the_base_writes_it(llama):
     answers = BaseAnswers.of(llama, None, samples=3, max_length=10)
     assert [text.input_ids[0].item() for text in answers] == [1, 1, 1]
     assert max(text.input_ids.numel() for text in answers) <= 10
+
+
+def test_without_text_the_base_writes_it_for_replay_too_and_not_the_adapter(make_model):
+    written = []
+    for adapted in (False, True):
+        model = make_model()
+        model.lm_head.weight.data.mul_(20)  # far from uniform: what it writes depends on it
+        torch.manual_seed(1)
+        if adapted:
+            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+        answers = BaseAnswers.replay(model, None, samples=3, max_length=10)
+        written.append([text.input_ids.tolist() for text in answers])
+    assert written[0] == written[1]
 
 
 def test_texts_and_a_tokenizer(make_model, byte_tokenizer):

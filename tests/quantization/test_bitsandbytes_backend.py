@@ -6,6 +6,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
+from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from adaptq_peft.quantization import (
@@ -14,6 +15,7 @@ from adaptq_peft.quantization import (
     is_quantized,
     quantize_linear,
     resolve_quantization,
+    settings_of,
 )
 
 #: Largest relative error of the output of a Gaussian layer; about 1.3 times what was measured.
@@ -56,6 +58,19 @@ def test_the_codes_are_those_of_bitsandbytes_own_layer():
     ours, theirs = quantized.state_dict(), own.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_outlier_threshold_of_int8():
+    settings = resolve_quantization(BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=2.5))
+    layer = quantize_linear(make_linear(), settings)
+    assert layer.state.threshold == settings_of(layer).outlier_threshold == 2.5
+
+
+def test_the_compute_dtype_of_4_bits():
+    settings = resolve_quantization(BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16))
+    output = quantize_linear(make_linear(), settings)(torch.randn(4, 128))
+    assert output.dtype == torch.float32
+    assert torch.equal(output, output.bfloat16().float())
 
 
 @pytest.mark.parametrize("size", [64, 192])

@@ -138,6 +138,11 @@ def test_samples_are_cut_and_evenly_drawn(llama):
     assert tokens(found) == [[0] * 3, [25] * 3, [50] * 3, [75] * 3]
 
 
+def test_samples_are_cut_to_the_positions_of_the_model(make_model):
+    (batch,) = batches(make_model("gpt2"), [{"input_ids": [5] * 70}], max_length=512)
+    assert batch["input_ids"].shape == (1, 64)
+
+
 def test_batches_are_sorted_by_length_and_padded_on_the_right(llama):
     found = batches(llama, [{"input_ids": [5] * n} for n in (3, 1, 2, 4)], batch_size=2)
     assert found[0]["attention_mask"].tolist() == [[1, 0], [1, 1]]
@@ -194,6 +199,25 @@ def test_the_model_writes_its_own_text_and_is_left_as_it_was(llama):
     assert write_calibration_samples(llama, count=5, length=9) == written
     for sample in written:  # a sample ends with the token that ends it
         assert 2 not in sample["input_ids"][1:-1]
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"do_sample": False, "temperature": 0.2, "top_k": 1, "top_p": 0.1},
+        {"repetition_penalty": 100.0},
+        {"num_beams": 3},
+    ],
+)
+def test_its_text_is_drawn_from_all_tokens_whatever_it_generates_with(llama, own):
+    expected = write_calibration_samples(llama, count=3, length=30)
+    llama.generation_config.update(**own)
+    assert write_calibration_samples(llama, count=3, length=30) == expected
+
+
+def test_its_text_is_written_without_dropout(make_model):
+    model = make_model("gpt2", resid_pdrop=0.5)
+    assert write_calibration_samples(model.train(), 3, 9) == write_calibration_samples(model.eval(), 3, 9)
 
 
 def test_a_loaders_batch_is_cut_where_all_of_it_is_by_sample(llama):

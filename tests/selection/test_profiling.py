@@ -56,10 +56,27 @@ def test_left_padding_in_a_users_own_batches_does_not_count(llama):
     torch.testing.assert_close(profile_activations(llama, loader).magnitude, plain.magnitude, rtol=1e-4, atol=0)
 
 
-def test_a_bfloat16_model_is_summed_in_float32(make_model, samples):
-    exact = profile_activations(make_model(), samples).magnitude
-    rounded = profile_activations(make_model().bfloat16(), samples).magnitude
-    torch.testing.assert_close(rounded, exact, rtol=2e-2, atol=0)
+def test_padding_of_zeros_does_not_spoil_the_update(make_model):
+    model = make_model(pad_token_id=0)  # its embedding is zero
+    samples = [{"input_ids": [5] * (3 + i % 2)} for i in range(50)]
+    one, many = (profile_activations(model, samples, batch_size=size) for size in (1, 8))
+    assert many.update == pytest.approx(one.update, rel=1e-4)
+
+
+def test_dropout_is_off(make_model, samples):
+    model = make_model("gpt2", resid_pdrop=0.5)
+    assert profile_activations(model.train(), samples) == profile_activations(model.eval(), samples)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_model_is_summed_in_float32(llama, dtype):
+    sums = _RunningSums(find_blocks(llama)[:1])
+    sums.begin({"input_ids": torch.ones(1, 2)})
+    before, after = (torch.full((1, 2, 4100), value, dtype=dtype) for value in (10.0, 43.0))
+    with pytest.raises(_StopForward):
+        sums.add(0, before, after)
+    assert sums.mean_magnitude() == [43.0]  # the sum over 4100 is beyond float16
+    assert sums.mean_update() == [pytest.approx(3.3, rel=1e-5)]
 
 
 def test_general_data_is_profiled_apart(llama, samples):
@@ -103,6 +120,13 @@ def test_the_pass_stops_after_the_last_block(llama, samples):
     llama.lm_head.register_forward_hook(lambda *args: ran.append("head"))
     profile_activations(llama, samples)
     assert ran == []
+
+
+def test_nothing_is_recorded_for_a_backward_pass(llama, samples):
+    recorded = []
+    llama.model.layers[1].mlp.register_forward_hook(lambda module, args, out: recorded.append(out.requires_grad))
+    profile_activations(llama, samples)
+    assert set(recorded) == {False}
 
 
 def test_no_activation_is_kept(llama):

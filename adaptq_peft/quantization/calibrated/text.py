@@ -105,4 +105,7 @@ def _thin_out(batches: list[Batch], tokens: int) -> list[Batch]:
 
 
 def _token_count(batch: Batch) -> int:
-    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else 0
+    """Tokens of a batch, padding not counted; 0 for one of images or sounds."""
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
+    return batch["input_ids"].numel() if "input_ids" in batch else 0

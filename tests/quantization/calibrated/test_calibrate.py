@@ -11,11 +11,14 @@ from adaptq_peft.quantization import quantize_linear
 from adaptq_peft.quantization.calibrated import (
     CALIBRATION_METHODS,
     CalibrationMethod,
+    calibrate,
     quantize_calibrated,
     resolve_calibration_method,
 )
+from adaptq_peft.quantization.calibrated.absmax_search import search_absmax
 from adaptq_peft.quantization.calibrated.block_stream import BlockStream, linears_by_input
-from adaptq_peft.quantization.calibrated.calibrate import input_moments
+from adaptq_peft.quantization.calibrated.calibrate import input_moments, quantize_weight
+from adaptq_peft.quantization.calibrated.rounding import DampedMoment
 from adaptq_peft.quantization.settings import QuantizationSettings
 from adaptq_peft.selection import find_blocks
 from adaptq_peft.selection.calibration import calibration_batches
@@ -126,6 +129,30 @@ def test_layers_before_which_nothing_is_rounded_are_not_asymmetric(make_model, s
     assert torch.equal(codes[0].weight.data, codes[1].weight.data)
 
 
+def test_block_1_is_calibrated_without_block_10(make_model, samples):
+    model = make_model(num_layers=12).eval()
+    blocks, batches = find_blocks(model), batches_for(model, samples[:8])
+    chosen = {f"{blocks[index].name}.mlp.up_proj": blocks[index].module.mlp.up_proj for index in (1, 10)}
+    result = quantize_calibrated(model, blocks, chosen, NF4, batches, CALIBRATION_METHODS["absmax"])
+    assert result.layers.keys() == chosen.keys()
+
+
+def test_error_feedback_weighs_columns_by_what_no_other_can_make_up_for(monkeypatch):
+    weights = []
+
+    def note(weight, importance, grid):
+        weights.append(importance)
+        return search_absmax(weight, importance, grid)
+
+    monkeypatch.setattr(calibrate, "search_absmax", note)
+    x = torch.randn(100, 64) @ torch.randn(64, 64)
+    moment = DampedMoment(x.t() @ x / 100, 0.1)
+    for name in ("absmax", "descent"):
+        quantize_weight(torch.randn(4, 64), moment, NF4, CALIBRATION_METHODS[name], torch.float32)
+    assert torch.equal(weights[0], moment.matrix.diagonal())
+    assert torch.equal(weights[1], moment.uncorrectable)
+
+
 class TestInputMoments:
     def rows(self, *counts):
         generator = torch.Generator().manual_seed(1)
@@ -194,6 +221,16 @@ def test_bfloat16_and_training_mode_stay(make_model, samples):
     assert all(module.training for module in model.modules())
     assert all(layer.training for layer in result.layers.values())
     assert {layer.weight.quant_state.dtype for layer in result.layers.values()} == {torch.bfloat16}
+
+
+def test_dropout_is_off(make_model, samples):
+    model = make_model("gpt2", num_layers=2, resid_pdrop=0.5)
+    blocks, batches = find_blocks(model), batches_for(model, samples)
+    method, chosen = CALIBRATION_METHODS["absmax"], linears_of(blocks)
+    errors = [
+        quantize_calibrated(model.train(mode), blocks, chosen, NF4, batches, method).error for mode in (True, False)
+    ]
+    assert errors[0] == errors[1]
 
 
 def test_the_same_input_is_found(make_model, samples):

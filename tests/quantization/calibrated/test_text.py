@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from adaptq_peft.quantization.calibrated import text as text_module
 from adaptq_peft.quantization.calibrated.text import can_write_text, mixed_calibration_batches, text_written_once
@@ -37,6 +38,18 @@ def test_equal_shares_of_each_kind_and_of_the_models_own_text(make_model):
 def test_a_small_kind_gives_all_it_has(make_model):
     found = kinds(mixed_calibration_batches(make_model("llama").eval(), text(90, 3), tokens=2000, max_length=60), 90)
     assert found[90] == 90
+
+
+def test_of_more_than_its_share_long_and_short_samples_are_kept(make_model):
+    data = [{"input_ids": [90] * length} for length in range(10, 70, 10)]
+    batches = mixed_calibration_batches(make_model("llama").model, data, tokens=200, max_length=60, batch_size=1)
+    assert [count([batch]) for batch in batches] == [10, 30, 50]
+
+
+def test_a_loader_without_a_mask_gives_its_share(make_model):
+    loader = DataLoader([{"input_ids": torch.full((60,), 90)}] * 400, batch_size=4)
+    batches = mixed_calibration_batches(make_model("llama").model, loader, tokens=4096)
+    assert sum(batch["input_ids"].numel() for batch in batches) == pytest.approx(2048, rel=0.1)
 
 
 def test_without_data_the_model_writes_all_of_it(make_model):
