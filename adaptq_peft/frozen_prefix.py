@@ -39,7 +39,7 @@ class FrozenPrefix:
 
     def trained_from(self) -> int:
         """Index of the lowest block that is differentiated: with a trainable parameter, or one before it; else 0."""
-        if self._trains_before_blocks():
+        if not self.block_names or self._trains_before_blocks():
             return 0
         for index, name in enumerate(self.block_names):
             if _is_trained(self._model.get_submodule(name)):
@@ -48,9 +48,8 @@ class FrozenPrefix:
 
     def _trains_before_blocks(self) -> bool:
         """Whether embeddings are trained, or what is registered before the blocks, as a projector of images is."""
-        first = f"{self.block_names[0]}." if self.block_names else ""
         for name, parameter in self._model.named_parameters():
-            if name.startswith(first):
+            if name.startswith(f"{self.block_names[0]}."):
                 break
             if parameter.requires_grad:
                 return True
@@ -134,7 +133,7 @@ def _is_trained(module: nn.Module) -> bool:
 
 
 def _require_grad_of_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    _require_grad(args[0] if args else hidden_states_of(kwargs))
+    _require_grad(hidden_states_of(args or kwargs))
 
 
 def _require_grad(hidden_states: torch.Tensor) -> None:

@@ -420,10 +420,7 @@ class AdaptQLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the deltas but keep their dtype, unlike PEFT's default: they may be wider than the base's."""
         base = next(chain(self.base_layer.parameters(recurse=False), self.base_layer.buffers(recurse=False)))
-        for modules in (self.adaptq_delta, self.adaptq_low_rank_A, self.adaptq_low_rank_B):
-            if adapter_name not in modules:
-                continue
-            own = modules[adapter_name]
+        for own in self.parts_of(adapter_name).values():
             if not any(parameter.is_meta for parameter in (base, *own.parameters())):
                 own.to(device or base.device)
 

@@ -166,8 +166,11 @@ class AdaptQTuner(BaseTuner):
         One of the same name that it was to replace, by a second `get_peft_model` on a model, is put back.
         """
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        layers = [module for module in model.modules() if isinstance(module, AdaptQLayer)]
-        replaced = {layer: (layer.parts_of(adapter_name), layer.scaling.get(adapter_name)) for layer in layers}
+        replaced = {
+            layer: (layer.parts_of(adapter_name), layer.scaling.get(adapter_name))
+            for layer in model.modules()
+            if isinstance(layer, AdaptQLayer)
+        }
         wrappers = {name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
         try:
             yield

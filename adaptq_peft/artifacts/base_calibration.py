@@ -28,6 +28,7 @@ from ..quantization.calibrated import (
 )
 from ..quantization.calibrated.text import CALIBRATION_TOKENS, can_write_text
 from ..selection import Block, find_blocks
+from ..selection.calibration import batch_token_count
 from .quantized_base import BaseDescription, QuantizedBase, QuantizedBaseReference, write_quantized_base
 
 SHARED_METHOD = "descent"
@@ -89,7 +90,7 @@ def quantize_base(
         calibration={
             "method": method_name,
             "text": _kinds_of_text(model, data, general_data),
-            "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches if "attention_mask" in batch),
+            "tokens": sum(map(batch_token_count, batches)),
         },
         fingerprint=cast("dict[str, Any]", fingerprint_base(model, found, ())),  # not on the meta device
         weights=sample_weights(model, linears.keys()),

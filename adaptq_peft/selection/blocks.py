@@ -58,7 +58,7 @@ def find_blocks(model: nn.Module, layers_pattern: str | list[str] | None = None)
 
 
 def hidden_states_of(values: Any) -> Tensor:
-    """The hidden states among the named inputs or the output of a block: by that name, else the first entry."""
+    """The hidden states among the inputs or the output of a block: the entry of that name, else the first."""
     if isinstance(values, Tensor):
         return values
     if isinstance(values, Mapping):

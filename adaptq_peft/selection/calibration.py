@@ -100,6 +100,14 @@ def batch_sample_count(batch: Batch) -> int:
     return sizes[0]
 
 
+def batch_token_count(batch: Batch) -> int:
+    """Tokens of a batch, padding not counted; 0 for one of images or sounds."""
+    for name in ("attention_mask", "decoder_attention_mask"):
+        if batch.get(name) is not None:
+            return int(batch[name].sum())
+    return batch["input_ids"].numel() if "input_ids" in batch else 0
+
+
 def write_calibration_samples(model: nn.Module, count: int, length: int, seed: int = 0) -> list[Batch]:
     """Let the model write calibration text: sampled from its BOS token at temperature 1.
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..evaluation_mode import evaluation_mode
 from ..offloading import input_device
 from .blocks import Block, find_blocks, hidden_states_of
-from .calibration import Batch, batch_sample_count, calibration_batches
+from .calibration import Batch, batch_sample_count, batch_token_count, calibration_batches
 from .streaming import streamed_model
 
 RECOMMENDED_SAMPLES = 50
@@ -178,10 +178,7 @@ class _RunningSums:
                 )
         self._not_run = set(range(len(self.blocks)))
         self.num_samples += batch_sample_count(batch)
-        if self._masks:
-            self.num_tokens += int(self._masks[0].sum())
-        elif "input_ids" in batch:
-            self.num_tokens += batch["input_ids"].numel()
+        self.num_tokens += batch_token_count(batch)
 
     def add(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
         """Add block `index`, with input `before` and output `after`, both [samples, tokens, features].
@@ -272,6 +269,6 @@ def _hooks(blocks: list[Block], sums: _RunningSums) -> Iterator[None]:
 
 def _recorder(index: int, sums: _RunningSums) -> Any:
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        sums.add(index, args[0] if args else hidden_states_of(kwargs), hidden_states_of(output))
+        sums.add(index, hidden_states_of(args or kwargs), hidden_states_of(output))
 
     return record

@@ -19,6 +19,7 @@ from transformers import (
 
 from adaptq_peft.selection.calibration import (
     batch_sample_count,
+    batch_token_count,
     calibration_batches,
     position_limit,
     write_calibration_samples,
@@ -300,3 +301,10 @@ def test_a_json_file_holds_a_list_and_lines_end_at_line_feeds_only(llama, tmp_pa
     line = json.dumps({"text": "a\u2028bb"}, ensure_ascii=False)
     (tmp_path / "a.jsonl").write_text(f"\ufeff{line}\n{line}\n", encoding="utf-8")
     assert tokens(batches(llama, tmp_path / "a.jsonl")) == [[1, 2], [1, 2]]
+
+
+def test_tokens_of_a_batch_are_those_that_are_not_masked_or_all():
+    ids, mask = torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert batch_token_count({"input_ids": ids, "attention_mask": mask}) == 5
+    assert batch_token_count({"input_ids": ids}) == 6
+    assert batch_token_count({"pixel_values": torch.ones(2, 3, 4, 4)}) == 0

@@ -16,6 +16,7 @@ from torch import nn
 
 from ...selection.calibration import (
     SELF_WRITTEN_LENGTH,
+    batch_token_count,
     calibration_batches,
     position_limit,
     write_calibration_samples,
@@ -99,13 +100,6 @@ def can_write_text(model: nn.Module) -> bool:
 
 def _thin_out(batches: list[Batch], tokens: int) -> list[Batch]:
     """Evenly spaced batches that hold about `tokens` tokens, padding not counted; at least one."""
-    total = sum(_token_count(batch) for batch in batches)
+    total = sum(batch_token_count(batch) for batch in batches)
     kept = min(len(batches), max(round(len(batches) * tokens / max(total, 1)), 1))
     return [batches[index * len(batches) // kept] for index in range(kept)]
-
-
-def _token_count(batch: Batch) -> int:
-    """Tokens of a batch, padding not counted; 0 for one of images or sounds."""
-    if "attention_mask" in batch:
-        return int(batch["attention_mask"].sum())
-    return batch["input_ids"].numel() if "input_ids" in batch else 0
