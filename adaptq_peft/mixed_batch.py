@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .layer import AdaptQLayer
 from .module_names import base_name
+from .selection import is_encoder_decoder
 
 BASE = "__base__"
 
@@ -99,7 +100,7 @@ def _check_embeddings(model: nn.Module, adapter_names: Sequence[str], blocks: Se
 
 def _encoder_modules(model: nn.Module) -> set[nn.Module]:
     """Modules of the encoder of an encoder-decoder model, which sees each sample once."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if not is_encoder_decoder(model):
         return set()
     return set(model.get_encoder().modules())  # type: ignore[operator]
 

@@ -27,10 +27,10 @@ from .quantization.calibrated import (
     quantize_calibrated,
     resolve_calibration_method,
 )
-from .quantization.calibrated.text import can_write_text
 from .quantization.precision_plan import PRECISIONS, LinearSize, PrecisionPlan, allocate_precision
 from .quantization.sensitivity import SEQUENCE_LENGTH, SEQUENCES, Sensitivity, measure_sensitivity
 from .selection import Block
+from .selection.written_text import can_write_text
 from .targets import is_excluded
 
 

@@ -26,9 +26,10 @@ from ..quantization.calibrated import (
     quantize_calibrated,
     resolve_calibration_method,
 )
-from ..quantization.calibrated.text import CALIBRATION_TOKENS, can_write_text
+from ..quantization.calibrated.text import CALIBRATION_TOKENS
 from ..selection import Block, find_blocks
 from ..selection.calibration import batch_token_count
+from ..selection.written_text import can_write_text
 from .quantized_base import BaseDescription, QuantizedBase, QuantizedBaseReference, write_quantized_base
 
 SHARED_METHOD = "descent"

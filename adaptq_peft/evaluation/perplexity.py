@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..evaluation_mode import evaluation_mode
 from ..offloading import input_device
+from ..selection import is_encoder_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,7 +156,7 @@ def _batch_nll(model: nn.Module, tokens: Tensor) -> float:
 
 def check_decoder_only(model: nn.Module, purpose: str) -> None:
     """Raise ValueError if a model sees the tokens that are to be predicted, or predicts none."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         raise ValueError(
             f"{type(model).__name__} has an encoder and a decoder; {purpose} works with decoder-only language models"
         )

@@ -1,6 +1,6 @@
 """Which blocks are adapted: find the blocks, profile them on calibration data, choose K of them."""
 
-from .blocks import Block, find_blocks, hidden_states_of
+from .blocks import Block, find_blocks, hidden_states_of, is_encoder_decoder
 from .profiling import ActivationProfile, profile_activations
 from .strategies import (
     SelectionRequest,
@@ -18,6 +18,7 @@ __all__ = [
     "SelectionRequest",
     "find_blocks",
     "hidden_states_of",
+    "is_encoder_decoder",
     "profile_activations",
     "register_selection_strategy",
     "select_blocks",

@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block: entry `index` of the model's list of blocks, at dotted path `name`."""
+    """One transformer block: entry `index` of the model's list of blocks, at dotted path `name`.
+
+    `in_decoder`: its tokens are those that the decoder of an encoder-decoder model reads, which have their own mask.
+    """
 
     index: int
     name: str
     module: nn.Module
+    in_decoder: bool = False
 
 
 def find_blocks(model: nn.Module, layers_pattern: str | list[str] | None = None) -> list[Block]:
@@ -54,7 +58,16 @@ def find_blocks(model: nn.Module, layers_pattern: str | list[str] | None = None)
             "target_modules and no calibration data to put deltas on single modules."
         )
     named = [(f"{name}.{i}", block) for name, blocks in chosen.items() for i, block in enumerate(blocks)]
-    return [Block(index, name, module) for index, (name, module) in enumerate(named)]
+    has_decoder = is_encoder_decoder(model)
+    return [
+        Block(index, name, module, in_decoder=has_decoder and "decoder" in name.split("."))
+        for index, (name, module) in enumerate(named)
+    ]
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a decoder of the model reads other tokens than its encoder does."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def hidden_states_of(values: Any) -> Tensor:
@@ -91,7 +104,7 @@ def _matching(candidates: dict[str, nn.ModuleList], patterns: list[str]) -> dict
 def _choose(model: nn.Module, candidates: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
     no_split = _no_split_classes(model)
     preferred = {n: m for n, m in candidates.items() if type(m[0]).__name__ in no_split} or candidates
-    if len(preferred) < 2 or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if len(preferred) < 2 or is_encoder_decoder(model):
         return preferred
     largest = max(preferred, key=lambda name: sum(p.numel() for p in preferred[name].parameters()))
     return {largest: preferred[largest]}

@@ -5,25 +5,19 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
-from transformers import GenerationConfig
 
-from ..evaluation_mode import evaluation_mode
-from ..offloading import input_device
+from .blocks import Block, is_encoder_decoder
 from .samples import draw_samples
+from .written_text import SELF_WRITTEN_LENGTH, write_calibration_samples
 
 Batch = dict[str, Any]
 
-#: Tokens of a sample that the model writes itself: the paper's samples are this short, and longer ones take minutes.
-SELF_WRITTEN_LENGTH = 128
-#: Samples that the model writes at once: their cache of keys and values takes 2 GiB in a 7B model.
-_WRITTEN_AT_ONCE = 32
 _TEXT_KEYS = ("input_ids", "messages", "text")
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 
@@ -108,64 +102,11 @@ def batch_token_count(batch: Batch) -> int:
     return batch["input_ids"].numel() if "input_ids" in batch else 0
 
 
-def write_calibration_samples(model: nn.Module, count: int, length: int, seed: int = 0) -> list[Batch]:
-    """Let the model write calibration text: sampled from its BOS token at temperature 1.
-
-    The global random state is left as it was.
-
-    Args:
-        model: a transformers model that can generate.
-        count: number of samples.
-        length: tokens a sample, BOS included; a sample ends earlier where the model ends it.
-        seed: seed of the sampling. Default 0.
-
-    Returns:
-        `count` dicts with "input_ids", a list of ints.
-
-    Raises:
-        ValueError: if the model can't generate text or has no BOS token.
-    """
-    config = getattr(model, "generation_config", None)
-    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    start = next(
-        (t for t in (getattr(config, n, None) for n in ("bos_token_id", "eos_token_id")) if t is not None), None
-    )
-    if not hasattr(model, "generate") or config is None or start is None or is_encoder_decoder:
-        raise ValueError(
-            f"{type(model).__name__} can't write its own calibration text (it needs generate() and a BOS token). Pass "
-            "calibration_data, for instance 50 to 100 texts of your domain."
-        )
-    start = start[0] if isinstance(start, list) else start
-    device = input_device(model)
-    prompts = torch.full((count, 1), start, dtype=torch.long, device=device).split(_WRITTEN_AT_ONCE)
-    random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    end = config.eos_token_id
-    plain = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=start, eos_token_id=end)
-    with evaluation_mode(model), torch.no_grad(), random_state, _generating_by(model, plain):
-        torch.manual_seed(seed)
-        written = [
-            model.generate(  # type: ignore[operator]
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max(length - 1, 1)
-            )
-            for prompt in prompts
-        ]
-    ends = set(end if isinstance(end, list) else [end])
-    return [{"input_ids": _cut_after_end(row.tolist(), ends)} for batch in written for row in batch]
-
-
-@contextmanager
-def _generating_by(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """Within the context nothing of the model's own config, such as a penalty or beams, fills what `config` leaves."""
-    own, model.generation_config = model.generation_config, config
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def _cut_after_end(tokens: list[int], ends: set[int | None]) -> list[int]:
-    stop = next((i for i, token in enumerate(tokens) if i > 0 and token in ends), len(tokens) - 1)
-    return tokens[: stop + 1]
+def token_masks(batch: Batch, block: Block) -> list[torch.Tensor]:
+    """Masks [samples, tokens] of the tokens that a block may read: first that of its own, then of another stack's."""
+    names = ["attention_mask", "decoder_attention_mask"]
+    masks = [batch.get(name) for name in (reversed(names) if block.in_decoder else names)]
+    return [mask for mask in masks if isinstance(mask, torch.Tensor) and mask.ndim == 2]
 
 
 def _encode(sample: Any, index: int, model: nn.Module, tokenizer: Any, max_length: int) -> Batch:
@@ -238,11 +179,11 @@ def _without_padding(sample: dict[str, Any]) -> dict[str, Any]:
 def _other_inputs(sample: Mapping[str, Any], tokens: list[int], model: nn.Module) -> Batch:
     """What a sample holds besides its tokens for `model.forward`, as tensors."""
     accepted = set(inspect.signature(model.forward).parameters) - {"input_ids", "inputs_embeds", "attention_mask"}
-    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if not is_encoder_decoder:
+    has_decoder = is_encoder_decoder(model)
+    if not has_decoder:
         accepted.discard("labels")
     found = {key: value for key, value in sample.items() if key in accepted}
-    if is_encoder_decoder and "labels" in accepted and not {"labels", *_DECODER_INPUTS} & found.keys():
+    if has_decoder and "labels" in accepted and not {"labels", *_DECODER_INPUTS} & found.keys():
         found["labels"] = tokens  # the decoder has to read something; this is what Bart does on its own
     tensors = {key: torch.as_tensor(value) for key, value in found.items() if not isinstance(value, str)}
     for key in ("labels", "decoder_input_ids"):

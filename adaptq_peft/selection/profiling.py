@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..evaluation_mode import evaluation_mode
 from ..offloading import input_device
 from .blocks import Block, find_blocks, hidden_states_of
-from .calibration import Batch, batch_sample_count, batch_token_count, calibration_batches
+from .calibration import Batch, batch_sample_count, batch_token_count, calibration_batches, token_masks
 from .streaming import streamed_model
 
 RECOMMENDED_SAMPLES = 50
@@ -162,14 +162,13 @@ class _RunningSums:
         self.update: list[torch.Tensor | float] = [0.0] * len(blocks)
         self.num_samples = 0
         self.num_tokens = 0
-        self._masks: list[torch.Tensor] = []
+        self._batch: Batch = {}
         self._not_run: set[int] = set()
 
     def begin(self, batch: Batch) -> None:
         """Take note of the batch that the next forward pass runs on."""
-        masks = (batch.get("attention_mask"), batch.get("decoder_attention_mask"))
-        self._masks = [mask for mask in masks if mask is not None]
-        for mask in self._masks:
+        self._batch = batch
+        for mask in token_masks(batch, self.blocks[0]):
             empty = (mask.sum(dim=-1) == 0).nonzero().flatten().tolist()
             if empty:
                 raise ValueError(
@@ -193,8 +192,9 @@ class _RunningSums:
         magnitude = torch.linalg.vector_norm(after, ord=1, dim=-1, dtype=torch.float32) / after.shape[-1]
         change = torch.linalg.vector_norm(after - before, dim=-1, dtype=torch.float32)
         update = change / torch.linalg.vector_norm(before, dim=-1, dtype=torch.float32).clamp_min(1e-12)
-        self.magnitude[index] += self._sample_means(magnitude).sum()
-        self.update[index] += self._sample_means(update).sum()
+        masks = token_masks(self._batch, self.blocks[index])
+        self.magnitude[index] += _sample_means(magnitude, masks).sum()
+        self.update[index] += _sample_means(update, masks).sum()
         self._not_run.discard(index)
         if not self._not_run:  # towers of a model run in another order than they are listed in
             raise _StopForward
@@ -202,22 +202,6 @@ class _RunningSums:
     def first_not_run(self) -> str:
         """Name of the first block that has not run on this batch."""
         return self.blocks[min(self._not_run)].name
-
-    def _sample_means(self, values: torch.Tensor) -> torch.Tensor:
-        """Mean over the real tokens of each sample: [samples, tokens] to [samples].
-
-        Some models have tokens first (XLNet), or several streams of hidden states before the samples (Gemma 3n).
-        """
-        shapes = {mask.shape for mask in self._masks}
-        if values.shape[1:] in shapes:
-            values = values.mean(dim=0)
-        elif values.ndim == 2 and values.shape not in shapes and values.t().shape in shapes:
-            values = values.t()
-        mask = next((m for m in self._masks if m.shape == values.shape), None)
-        if mask is None:
-            return values.flatten(1).mean(dim=1)
-        weights = mask.to(values)
-        return (values * weights).sum(dim=1) / weights.sum(dim=1)
 
     def mean_magnitude(self) -> list[float]:
         """a_l for each block. Raises ValueError, naming the first block whose activations are not finite."""
@@ -272,3 +256,20 @@ def _recorder(index: int, sums: _RunningSums) -> Any:
         sums.add(index, hidden_states_of(args or kwargs), hidden_states_of(output))
 
     return record
+
+
+def _sample_means(values: torch.Tensor, masks: list[torch.Tensor]) -> torch.Tensor:
+    """Mean over the real tokens of each sample: [samples, tokens] to [samples].
+
+    Some models have tokens first (XLNet), or several streams of hidden states before the samples (Gemma 3n).
+    """
+    shapes = {mask.shape for mask in masks}
+    if values.shape[1:] in shapes:
+        values = values.mean(dim=0)
+    elif values.ndim == 2 and values.shape not in shapes and values.t().shape in shapes:
+        values = values.t()
+    mask = next((m for m in masks if m.shape == values.shape), None)
+    if mask is None:
+        return values.flatten(1).mean(dim=1)
+    weights = mask.to(values)
+    return (values * weights).sum(dim=1) / weights.sum(dim=1)

@@ -31,6 +31,7 @@ def test_blocks_of_an_encoder_decoder_come_in_the_order_they_run():
         "decoder.block.0",
         "decoder.block.1",
     ]
+    assert [b.in_decoder for b in find_blocks(model)] == [False, False, True, True]
 
 
 def test_blocks_are_found_through_a_peft_wrapper(llama):

@@ -17,12 +17,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from adaptq_peft.selection import find_blocks
 from adaptq_peft.selection.calibration import (
     batch_sample_count,
     batch_token_count,
     calibration_batches,
     position_limit,
-    write_calibration_samples,
+    token_masks,
 )
 
 
@@ -185,42 +186,6 @@ def test_texts_without_a_tokenizer(llama):
         calibration_batches(llama, ["text"], samples=1, max_length=4, batch_size=1)
 
 
-def test_the_model_writes_its_own_text_and_is_left_as_it_was(llama):
-    llama.train()
-    llama.model.layers[1].eval()
-    torch.manual_seed(7)
-    expected_draw = torch.rand(1)
-    torch.manual_seed(7)
-    written = write_calibration_samples(llama, count=5, length=9)
-    assert torch.rand(1) == expected_draw
-    assert llama.training
-    assert not llama.model.layers[1].training
-    assert len(written) == 5
-    assert all(sample["input_ids"][0] == 1 and 1 < len(sample["input_ids"]) <= 9 for sample in written)
-    assert write_calibration_samples(llama, count=5, length=9) == written
-    for sample in written:  # a sample ends with the token that ends it
-        assert 2 not in sample["input_ids"][1:-1]
-
-
-@pytest.mark.parametrize(
-    "own",
-    [
-        {"do_sample": False, "temperature": 0.2, "top_k": 1, "top_p": 0.1},
-        {"repetition_penalty": 100.0},
-        {"num_beams": 3},
-    ],
-)
-def test_its_text_is_drawn_from_all_tokens_whatever_it_generates_with(llama, own):
-    expected = write_calibration_samples(llama, count=3, length=30)
-    llama.generation_config.update(**own)
-    assert write_calibration_samples(llama, count=3, length=30) == expected
-
-
-def test_its_text_is_written_without_dropout(make_model):
-    model = make_model("gpt2", resid_pdrop=0.5)
-    assert write_calibration_samples(model.train(), 3, 9) == write_calibration_samples(model.eval(), 3, 9)
-
-
 def test_a_loaders_batch_is_cut_where_all_of_it_is_by_sample(llama):
     batch = {"input_ids": torch.ones(3, 2), "labels": torch.ones(3, 2), "num_items_in_batch": torch.tensor(6)}
     for image, sizes in (({}, [3, 1]), ({"pixel_values": torch.ones(12, 5)}, [3, 3])):
@@ -260,20 +225,6 @@ def test_labels_that_the_loss_leaves_out_are_no_tokens():
     assert batch["decoder_attention_mask"].tolist() == [[1, 1, 0], [1, 0, 0]]
 
 
-def test_it_writes_so_many_at_once_as_fit_in_memory(llama, monkeypatch):
-    sizes, generate = [], llama.generate
-    monkeypatch.setattr(
-        llama, "generate", lambda prompt, **options: sizes.append(len(prompt)) or generate(prompt, **options)
-    )
-    assert len(write_calibration_samples(llama, count=70, length=4)) == 70
-    assert sizes == [32, 32, 6]
-
-
-def test_a_model_that_cannot_write():
-    with pytest.raises(ValueError, match=r"Linear can't write its own calibration text.*Pass calibration_data"):
-        write_calibration_samples(nn.Linear(2, 2), count=1, length=4)
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_of_tokenized_samples_is_no_text(llama, side):
     ids, mask = ([0, 0, 1, 2], [0, 0, 1, 1]) if side == "left" else ([1, 2, 0, 0], [1, 1, 0, 0])
@@ -308,3 +259,12 @@ def test_tokens_of_a_batch_are_those_that_are_not_masked_or_all():
     assert batch_token_count({"input_ids": ids, "attention_mask": mask}) == 5
     assert batch_token_count({"input_ids": ids}) == 6
     assert batch_token_count({"pixel_values": torch.ones(2, 3, 4, 4)}) == 0
+
+
+def test_masks_of_what_a_block_may_read_its_own_first():
+    encoder, *_, decoder = find_blocks(tiny_t5())
+    own, other = torch.ones(2, 3), torch.ones(2, 4)
+    batch = {"attention_mask": own, "decoder_attention_mask": other}
+    assert [mask.shape for mask in token_masks(batch, encoder)] == [own.shape, other.shape]
+    assert [mask.shape for mask in token_masks(batch, decoder)] == [other.shape, own.shape]
+    assert token_masks({"attention_mask": torch.ones(2, 1, 3, 3)}, encoder) == []  # of pairs of tokens

@@ -4,13 +4,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from support import tiny_t5
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import XLNetConfig, XLNetLMHeadModel
 
 from adaptq_peft import profile_activations
 from adaptq_peft.selection import find_blocks
-from adaptq_peft.selection.profiling import _hooks, _RunningSums, _StopForward
+from adaptq_peft.selection.profiling import _hooks, _RunningSums, _sample_means, _StopForward
 
 
 def reference(model, sample_ids):
@@ -54,6 +55,24 @@ def test_left_padding_in_a_users_own_batches_does_not_count(llama):
     loader = DataLoader([{k: v[i] for k, v in padded.items()} for i in range(50)], batch_size=10)
     plain = profile_activations(llama, [{"input_ids": row} for row in ids])
     torch.testing.assert_close(profile_activations(llama, loader).magnitude, plain.magnitude, rtol=1e-4, atol=0)
+
+
+def test_a_decoder_has_padding_of_its_own():
+    rows = [([5, 6, 7, 8], [9, 10, 0, 0]), ([11, 12, 0, 0], [13, 14, 15, 16])]
+    batch = {key: torch.tensor([row[i] for row in rows]) for i, key in enumerate(["input_ids", "labels"])}
+    batch |= {
+        "attention_mask": (batch["input_ids"] > 0).long(),
+        "decoder_attention_mask": (batch["labels"] > 0).long(),
+    }
+    alone = [
+        {key: [t for t in value if t] for key, value in zip(["input_ids", "labels"], row, strict=True)} for row in rows
+    ]
+    model = tiny_t5()
+    padded = profile_activations(
+        model, DataLoader([{k: v[i] for k, v in batch.items()} for i in range(2)], batch_size=2)
+    )
+    expected = profile_activations(model, alone, batch_size=1)
+    torch.testing.assert_close(padded.magnitude, expected.magnitude, rtol=1e-4, atol=0)
 
 
 def test_padding_of_zeros_does_not_spoil_the_update(make_model):
@@ -210,13 +229,11 @@ def test_a_list_of_blocks_that_does_not_run(llama, samples):
         profile_activations(llama, samples, layers_pattern="extra")
 
 
-def test_hidden_states_with_tokens_first_or_in_streams_are_known_by_their_mask(llama):
-    sums = _RunningSums(find_blocks(llama))
+def test_hidden_states_with_tokens_first_or_in_streams_are_known_by_their_mask():
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
-    sums.begin({"input_ids": mask, "attention_mask": mask})
     values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 100.0, 100.0]])
     for given in (values, values.t(), torch.stack([values - 1, values + 1])):
-        assert sums._sample_means(given).tolist() == [2.0, 4.0]
+        assert _sample_means(given, [mask]).tolist() == [2.0, 4.0]
 
 
 def test_xlnet_has_tokens_first(samples):

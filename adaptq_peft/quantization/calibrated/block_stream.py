@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from ...offloading import input_device
 from ...selection import Block
-
-Batch = dict[str, Any]
+from ...selection.calibration import Batch, token_masks
 
 
 class _StopForward(Exception):
@@ -39,11 +38,12 @@ class BlockStream:
 
     Attributes:
         hidden: for each batch the hidden states at the entry of the next block, [samples, tokens, features].
-        masks: for each batch the attention mask [samples, tokens], or `None`; padding is no evidence.
+        masks: for each batch the attention masks [samples, tokens] of what the blocks may read, as `token_masks` has
+            them; padding is no evidence.
     """
 
     hidden: list[Tensor]
-    masks: list[Tensor | None]
+    masks: list[list[Tensor]]
     _calls: dict[str, list[_Call]] = field(default_factory=dict)
 
     @classmethod
@@ -68,7 +68,7 @@ class BlockStream:
             ValueError: if a block does not run exactly once in a forward pass, or hidden states are not its first
                 argument.
         """
-        stream = cls([], [_mask(batch) for batch in batches], {block.name: [] for block in blocks})
+        stream = cls([], [token_masks(batch, blocks[0]) for batch in batches], {block.name: [] for block in blocks})
         recorders = [(b.module, stream._recorder(b, b is blocks[0], purpose, without)) for b in blocks]
         device = input_device(model)
         extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
@@ -120,17 +120,14 @@ class BlockStream:
 
         The rest of the block does not run. A layer that does not run in a batch has no rows there: [0, 0].
         """
-        for hidden, mask, call in zip(self.hidden, self.masks, self._calls[block.name], strict=True):
+        for hidden, masks, call in zip(self.hidden, self.masks, self._calls[block.name], strict=True):
             with _catch_input(inner) as caught:
                 _run_until_stopped(module, (hidden, *call.args), call.kwargs)
-            yield real_tokens(caught[0], mask) if caught else hidden.new_empty(0, 0)
+            yield real_tokens(caught[0], masks) if caught else hidden.new_empty(0, 0)
 
     def token_counts(self) -> list[int]:
         """How many tokens each batch has, padding not counted."""
-        return [
-            int(mask.sum()) if mask is not None else hidden.shape[:-1].numel()
-            for hidden, mask in zip(self.hidden, self.masks, strict=True)
-        ]
+        return [len(real_tokens(hidden, masks)) for hidden, masks in zip(self.hidden, self.masks, strict=True)]
 
     def first_call(self, block: Block) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments and keyword arguments of the block for the first batch."""
@@ -170,16 +167,10 @@ def linears_by_input(stream: BlockStream, block: Block, module: nn.Module, names
     return [group for _, group in groups]
 
 
-def real_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
-    """[samples, tokens, features] to [real tokens, features]; all of them if the mask is not about these tokens."""
-    if mask is not None and mask.shape == values.shape[:-1]:
-        return values[mask.to(values.device).bool()]
-    return values.flatten(0, -2)
-
-
-def _mask(batch: Batch) -> Tensor | None:
-    mask = batch.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+def real_tokens(values: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """[samples, tokens, features] to [real tokens, features]; all of them if no mask is about these tokens."""
+    mask = next((mask for mask in masks if mask.shape == values.shape[:-1]), None)
+    return values.flatten(0, -2) if mask is None else values[mask.to(values.device).bool()]
 
 
 def _stop(*_: Any) -> None:

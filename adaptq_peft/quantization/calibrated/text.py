@@ -14,13 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from ...selection.calibration import (
-    SELF_WRITTEN_LENGTH,
-    batch_token_count,
-    calibration_batches,
-    position_limit,
-    write_calibration_samples,
-)
+from ...selection.calibration import batch_token_count, calibration_batches, position_limit
+from ...selection.written_text import SELF_WRITTEN_LENGTH, can_write_text, write_calibration_samples
 from .block_stream import Batch
 
 CALIBRATION_TOKENS = 24_576
@@ -88,14 +83,6 @@ def _write(model: nn.Module, count: int, length: int, seed: int) -> list[Batch]:
     if len(known.get(key, ())) < count:
         known[key] = write_calibration_samples(model, count, length, seed=seed)
     return known[key][:count]
-
-
-def can_write_text(model: nn.Module) -> bool:
-    """Whether the model is a causal language model that can write calibration text itself."""
-    config = getattr(model, "generation_config", None)
-    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    starts = (getattr(config, "bos_token_id", None), getattr(config, "eos_token_id", None))
-    return hasattr(model, "generate") and not is_encoder_decoder and any(start is not None for start in starts)
 
 
 def _thin_out(batches: list[Batch], tokens: int) -> list[Batch]:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from support import tiny_t5
 from torch import nn
 
 from adaptq_peft.quantization import quantize_linear
@@ -191,6 +192,36 @@ def test_padding_is_no_evidence(make_model, samples):
     results = [quantize_calibrated(model, blocks, chosen, NF4, batches, method) for batches in (one_by_one, junk)]
     for name in chosen:
         assert results[0].error[name] == pytest.approx(results[1].error[name], rel=1e-4)
+
+
+def test_a_decoder_has_padding_of_its_own():
+    torch.manual_seed(3)
+    model = tiny_t5().eval()
+    pairs = [
+        {
+            "input_ids": torch.randint(2, 90, (3 + i % 4,)).tolist(),
+            "labels": torch.randint(2, 90, (9 - i % 5,)).tolist(),
+        }
+        for i in range(40)
+    ]
+    blocks = find_blocks(model)
+    chosen = linears_of(blocks)
+    one_by_one, padded = batches_for(model, pairs, batch_size=1), batches_for(model, pairs)
+    assert any((batch["decoder_attention_mask"] == 0).any() for batch in padded)
+    results = [
+        quantize_calibrated(model, blocks, chosen, NF4, b, CALIBRATION_METHODS["absmax"]) for b in (one_by_one, padded)
+    ]
+    for name in chosen:
+        assert results[0].error[name] == pytest.approx(results[1].error[name], rel=1e-4)
+
+
+def test_tokens_of_a_decoder_are_paired_with_those_of_the_original():
+    model = tiny_t5().eval()
+    pairs = [{"input_ids": [5, 6, 7], "labels": [8, 9]}, {"input_ids": [5], "labels": [8, 9, 10, 11]}]
+    decoder = [block for block in find_blocks(model) if block.in_decoder]
+    stream = BlockStream.open(model, decoder, batches_for(model, pairs))
+    (inputs,) = stream.inputs_of(decoder[0], decoder[0].module, decoder[0].module.layer[0].SelfAttention.q)
+    assert stream.token_counts() == [len(inputs)] == [6]
 
 
 def test_shapes_that_cross_rows_are_named_and_left(make_model, samples):
