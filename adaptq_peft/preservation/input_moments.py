@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterator, Sequence
 from peft import PeftModel
 from torch import Tensor
 
-from ..quantization.calibrated.block_stream import Batch, BlockStream, linears_by_input
+from ..quantization.calibrated.block_stream import BlockStream, linears_by_input
 from ..quantization.calibrated.calibrate import input_moments
 from ..selection import Block
+from ..selection.calibration import Batch
 from .documents import Documents
 from .original_model import adapters_disabled
 

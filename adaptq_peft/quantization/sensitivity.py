@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from ..evaluation_mode import evaluation_mode
 from ..offloading import input_device
-from .calibrated.block_stream import Batch
+from ..selection.calibration import Batch, real_tokens, token_masks
 
 #: Sequences that are looked at: a relative standard error of about 0.14 for each linear, less for sums of several.
 SEQUENCES = 96
@@ -154,7 +154,7 @@ def _logits(model: nn.Module, output: Any) -> Tensor:
 
 def _draw_labels(logits: Tensor, inputs: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, int]:
     """The log likelihood of labels drawn from the predictions on real tokens, summed, and how many they are."""
-    rows = logits[_real_positions(logits, inputs)].float() if logits.ndim > 2 else logits.float()
+    rows = (real_tokens(logits, token_masks(inputs, in_decoder=True)) if logits.ndim > 2 else logits).float()
     if not torch.isfinite(rows).all():
         raise ValueError(
             "the model's predictions on the calibration text are not finite. Load it in bfloat16 or float32, or look "
@@ -163,15 +163,6 @@ def _draw_labels(logits: Tensor, inputs: Mapping[str, Any], generator: torch.Gen
     log_probabilities = rows.log_softmax(dim=-1)
     labels = torch.multinomial(log_probabilities.detach().exp(), 1, generator=generator)
     return log_probabilities.gather(1, labels).sum(), len(rows)
-
-
-def _real_positions(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-    """Where no padding is: bool, the shape of `logits` without its last dimension."""
-    for key in ("decoder_attention_mask", "attention_mask"):
-        mask = inputs.get(key)
-        if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1]:
-            return mask.bool()
-    return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
 
 
 def _finite(name: str, value: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
-from .blocks import Block, is_encoder_decoder
+from .blocks import is_encoder_decoder
 from .samples import draw_samples
 from .written_text import SELF_WRITTEN_LENGTH, write_calibration_samples
 
@@ -102,11 +102,22 @@ def batch_token_count(batch: Batch) -> int:
     return batch["input_ids"].numel() if "input_ids" in batch else 0
 
 
-def token_masks(batch: Batch, block: Block) -> list[torch.Tensor]:
-    """Masks [samples, tokens] of the tokens that a block may read: first that of its own, then of another stack's."""
+def token_masks(batch: Mapping[str, Any], in_decoder: bool) -> list[torch.Tensor]:
+    """Masks [samples, tokens] of the tokens that a stack may read: first that of its own, then of the other's."""
     names = ["attention_mask", "decoder_attention_mask"]
-    masks = [batch.get(name) for name in (reversed(names) if block.in_decoder else names)]
+    masks = [batch.get(name) for name in (reversed(names) if in_decoder else names)]
     return [mask for mask in masks if isinstance(mask, torch.Tensor) and mask.ndim == 2]
+
+
+def mask_of(masks: Sequence[torch.Tensor], shape: torch.Size) -> torch.Tensor | None:
+    """The first mask that is about tokens in this shape, [samples, tokens]."""
+    return next((mask for mask in masks if mask.shape == shape), None)
+
+
+def real_tokens(values: torch.Tensor, masks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[samples, tokens, features] to [real tokens, features]; all of them if no mask is about these tokens."""
+    mask = mask_of(masks, values.shape[:-1])
+    return values.flatten(0, -2) if mask is None else values[mask.to(values.device).bool()]
 
 
 def _encode(sample: Any, index: int, model: nn.Module, tokenizer: Any, max_length: int) -> Batch:

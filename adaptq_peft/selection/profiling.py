@@ -19,7 +19,14 @@ from tqdm.auto import tqdm
 from ..evaluation_mode import evaluation_mode
 from ..offloading import input_device
 from .blocks import Block, find_blocks, hidden_states_of
-from .calibration import Batch, batch_sample_count, batch_token_count, calibration_batches, token_masks
+from .calibration import (
+    Batch,
+    batch_sample_count,
+    batch_token_count,
+    calibration_batches,
+    mask_of,
+    token_masks,
+)
 from .streaming import streamed_model
 
 RECOMMENDED_SAMPLES = 50
@@ -168,7 +175,7 @@ class _RunningSums:
     def begin(self, batch: Batch) -> None:
         """Take note of the batch that the next forward pass runs on."""
         self._batch = batch
-        for mask in token_masks(batch, self.blocks[0]):
+        for mask in token_masks(batch, in_decoder=False):
             empty = (mask.sum(dim=-1) == 0).nonzero().flatten().tolist()
             if empty:
                 raise ValueError(
@@ -192,7 +199,7 @@ class _RunningSums:
         magnitude = torch.linalg.vector_norm(after, ord=1, dim=-1, dtype=torch.float32) / after.shape[-1]
         change = torch.linalg.vector_norm(after - before, dim=-1, dtype=torch.float32)
         update = change / torch.linalg.vector_norm(before, dim=-1, dtype=torch.float32).clamp_min(1e-12)
-        masks = token_masks(self._batch, self.blocks[index])
+        masks = token_masks(self._batch, self.blocks[index].in_decoder)
         self.magnitude[index] += _sample_means(magnitude, masks).sum()
         self.update[index] += _sample_means(update, masks).sum()
         self._not_run.discard(index)
@@ -268,7 +275,7 @@ def _sample_means(values: torch.Tensor, masks: list[torch.Tensor]) -> torch.Tens
         values = values.mean(dim=0)
     elif values.ndim == 2 and values.shape not in shapes and values.t().shape in shapes:
         values = values.t()
-    mask = next((m for m in masks if m.shape == values.shape), None)
+    mask = mask_of(masks, values.shape)
     if mask is None:
         return values.flatten(1).mean(dim=1)
     weights = mask.to(values)

@@ -265,6 +265,6 @@ def test_masks_of_what_a_block_may_read_its_own_first():
     encoder, *_, decoder = find_blocks(tiny_t5())
     own, other = torch.ones(2, 3), torch.ones(2, 4)
     batch = {"attention_mask": own, "decoder_attention_mask": other}
-    assert [mask.shape for mask in token_masks(batch, encoder)] == [own.shape, other.shape]
-    assert [mask.shape for mask in token_masks(batch, decoder)] == [other.shape, own.shape]
-    assert token_masks({"attention_mask": torch.ones(2, 1, 3, 3)}, encoder) == []  # of pairs of tokens
+    assert [mask.shape for mask in token_masks(batch, encoder.in_decoder)] == [own.shape, other.shape]
+    assert [mask.shape for mask in token_masks(batch, decoder.in_decoder)] == [other.shape, own.shape]
+    assert token_masks({"attention_mask": torch.ones(2, 1, 3, 3)}, encoder.in_decoder) == []  # of pairs of tokens

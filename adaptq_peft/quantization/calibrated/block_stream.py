@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...offloading import input_device
 from ...selection import Block
-from ...selection.calibration import Batch, token_masks
+from ...selection.calibration import Batch, mask_of, real_tokens, token_masks
 
 
 class _StopForward(Exception):
@@ -68,7 +68,9 @@ class BlockStream:
             ValueError: if a block does not run exactly once in a forward pass, or hidden states are not its first
                 argument.
         """
-        stream = cls([], [token_masks(batch, blocks[0]) for batch in batches], {block.name: [] for block in blocks})
+        stream = cls(
+            [], [token_masks(batch, blocks[0].in_decoder) for batch in batches], {block.name: [] for block in blocks}
+        )
         recorders = [(b.module, stream._recorder(b, b is blocks[0], purpose, without)) for b in blocks]
         device = input_device(model)
         extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
@@ -127,7 +129,9 @@ class BlockStream:
 
     def token_counts(self) -> list[int]:
         """How many tokens each batch has, padding not counted."""
-        return [len(real_tokens(hidden, masks)) for hidden, masks in zip(self.hidden, self.masks, strict=True)]
+        shapes = [hidden.shape[:-1] for hidden in self.hidden]
+        found = [mask_of(masks, shape) for masks, shape in zip(self.masks, shapes, strict=True)]
+        return [shape.numel() if mask is None else int(mask.sum()) for mask, shape in zip(found, shapes, strict=True)]
 
     def first_call(self, block: Block) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments and keyword arguments of the block for the first batch."""
@@ -165,12 +169,6 @@ def linears_by_input(stream: BlockStream, block: Block, module: nn.Module, names
         for handle in handles:
             handle.remove()
     return [group for _, group in groups]
-
-
-def real_tokens(values: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """[samples, tokens, features] to [real tokens, features]; all of them if no mask is about these tokens."""
-    mask = next((mask for mask in masks if mask.shape == values.shape[:-1]), None)
-    return values.flatten(0, -2) if mask is None else values[mask.to(values.device).bool()]
 
 
 def _stop(*_: Any) -> None:

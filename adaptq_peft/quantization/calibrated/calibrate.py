@@ -18,10 +18,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ...evaluation_mode import evaluation_mode
 from ...selection import Block
+from ...selection.calibration import Batch
 from ..origin import linear_weight
 from ..settings import QuantizationSettings
 from .absmax_search import search_absmax
-from .block_stream import Batch, BlockStream, linears_by_input
+from .block_stream import BlockStream, linears_by_input
 from .grid import GROUP_SIZE, Grid, GridWeight, StoredAbsmax, get_grid, largest_absmax, pack_linear, store_absmax
 from .rounding import (
     DampedMoment,

@@ -14,9 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from ...selection.calibration import batch_token_count, calibration_batches, position_limit
+from ...selection.calibration import Batch, batch_token_count, calibration_batches, position_limit
 from ...selection.written_text import SELF_WRITTEN_LENGTH, can_write_text, write_calibration_samples
-from .block_stream import Batch
 
 CALIBRATION_TOKENS = 24_576
 """Tokens looked at in all. More help, slowly: see docs/experiment_log.md."""
