@@ -108,8 +108,8 @@ class _DeltaLinear(torch.autograd.Function):
         for i in (i for i, needed in enumerate(ctx.needs_input_grad[5:]) if needed):
             flat_x = x.reshape(-1, x.shape[-1])
             left, right = (flat_x.t(), flat_grad) if ctx.transposed else (flat_grad.t(), flat_x)
-            # beta=0: the first argument only gives a dtype; the scale is applied within the matrix product.
-            scaled = torch.addmm(left.new_empty(()), left, right, beta=0, alpha=ctx.scales[i])
+            # The scale is applied within the matrix product. Zeros: vmap multiplies the first argument by beta=0, too.
+            scaled = torch.addmm(left.new_zeros(()), left, right, beta=0, alpha=ctx.scales[i])
             grad_deltas[i] = scaled.to(deltas[i].dtype)
         return grad_x, None, grad_bias, None, None, *grad_deltas
 

@@ -57,6 +57,23 @@ def test_gradients_of_each_sample_and_ensembles_by_torch_func(transposed, dtype,
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.fixture
+def nan_in_new_memory():
+    torch.use_deterministic_algorithms(True)  # fills what is not initialized
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_of_each_sample_hold_nothing_that_lay_in_memory(transposed, nan_in_new_memory):
+    x, weight, bias, (delta,), scales = tensors(transposed=transposed, requires_grad=False)
+
+    def loss(delta, x):
+        return delta_linear(x, weight, bias, [delta], scales, transposed=transposed).square().sum()
+
+    assert torch.func.vmap(torch.func.grad(loss), (None, 0))(delta, x).isfinite().all()
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradcheck_in_float64(transposed):
     x, weight, bias, (delta,), scales = tensors(transposed=transposed)
