@@ -1,73 +1,14 @@
-"""The arithmetic of W0 + scale * delta, and a linear map with it that saves no merged weight for the backward pass."""
+"""A linear map with W0 + scale * delta that saves no merged weight for the backward pass."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch._C._functorch import is_functorch_wrapped_tensor
 
-
-def add_deltas(
-    base: torch.Tensor, deltas: Sequence[torch.Tensor], scales: Sequence[float], dtype: torch.dtype
-) -> torch.Tensor:
-    """base + sum of scale * delta, added in the widest dtype of the operands and rounded once, to `dtype`.
-
-    Args:
-        base: the frozen tensor, any shape.
-        deltas: one or more tensors of the same shape.
-        scales: a number for each delta.
-        dtype: dtype of the result.
-
-    Returns:
-        A new tensor of the shape of `base`.
-    """
-    total = base
-    for delta, scale in zip(deltas[:-1], scales[:-1], strict=True):
-        total = torch.add(total, delta, alpha=scale)
-    if dtype == torch.promote_types(total.dtype, deltas[-1].dtype) or not _can_write_into(total, deltas[-1]):
-        return torch.add(total, deltas[-1], alpha=scales[-1]).to(dtype)
-    # Rounded while it is written: no temporary of the wider dtype.
-    return torch.add(total, deltas[-1], alpha=scales[-1], out=torch.empty_like(total, dtype=dtype))
-
-
-def _can_write_into(*operands: torch.Tensor) -> bool:
-    """Whether a sum may be written with `out=`, which autograd and torch.func can't and torch.compile need not."""
-    plainly = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return not (plainly or any(map(is_functorch_wrapped_tensor, operands)))
-
-
-class _Scratch(threading.local):
-    """One buffer a dtype and thread, as large as the largest weight so far, for one merged weight at a time.
-
-    On a CPU a fresh tensor for each layer costs more in page faults and cache misses than the addition itself. A GPU's
-    caching allocator makes this superfluous.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[torch.dtype, torch.Tensor] = {}
-
-    def like(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        buffer = self._buffers.get(dtype)
-        if buffer is None or buffer.numel() < tensor.numel():
-            with torch.inference_mode(False):  # a buffer made in inference mode could not be written to outside of it
-                buffer = self._buffers[dtype] = torch.empty(tensor.numel(), dtype=dtype)
-        return buffer[: tensor.numel()].view(tensor.shape)
-
-
-_scratch = _Scratch()
-
-
-def _merged_weight(
-    base: torch.Tensor, deltas: Sequence[torch.Tensor], scales: Sequence[float], dtype: torch.dtype
-) -> torch.Tensor:
-    """`add_deltas` for a result that is not kept."""
-    if base.device.type != "cpu" or len(deltas) != 1 or not _can_write_into(base, deltas[0]):
-        return add_deltas(base, deltas, scales, dtype)
-    return torch.add(base, deltas[0], alpha=scales[0], out=_scratch.like(base, dtype))
+from .merged_weight import temporary_merged_weight
 
 
 class _DeltaLinear(torch.autograd.Function):
@@ -84,7 +25,7 @@ class _DeltaLinear(torch.autograd.Function):
         scales: tuple[float, ...],
         *deltas: torch.Tensor,
     ) -> torch.Tensor:
-        weight = _merged_weight(base_weight, deltas, scales, x.dtype)
+        weight = temporary_merged_weight(base_weight, deltas, scales, x.dtype)
         output = F.linear(x, weight.t() if transposed else weight, bias)
         # F.linear may return a view, and autograd forbids changing a view that was made in here, as DeBERTa does.
         return torch.ops.aten._unsafe_view(output, output.shape)
@@ -99,7 +40,7 @@ class _DeltaLinear(torch.autograd.Function):
         x, base_weight, *deltas = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            weight = _merged_weight(base_weight, deltas, ctx.scales, x.dtype)
+            weight = temporary_merged_weight(base_weight, deltas, ctx.scales, x.dtype)
             grad_x = grad_output @ (weight.t() if ctx.transposed else weight)
         flat_grad = grad_output.reshape(-1, grad_output.shape[-1])  # flatten(0, -2) takes no vector
         if ctx.needs_input_grad[2]:

@@ -13,8 +13,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import AdaptQConfig
-from .delta_linear import add_deltas, delta_linear
+from .delta_linear import delta_linear
 from .low_rank import add_correction, make_factors
+from .merged_weight import add_deltas
 from .quantization import dequantize_linear, is_quantized, origin_of
 from .quantization.origin import linear_from_tensors
 

@@ -1,0 +1,125 @@
+"""What rounding W0 + s * delta to bfloat16 costs a short training: training losses, and the time of one sum.
+
+    python scripts/benchmarks/rounding.py --domain legal_train.jsonl --steps 21
+
+Plain deltas on the upper half of the blocks, nothing quantized. The model is in float32, so that it trains as fast on
+any CPU, and only the sum is rounded: not at all, to the nearest number of bfloat16 or of float16, or dithered as it is
+in a model in bfloat16. All variants see the same batches. `excess` is the mean training loss of a third of the steps
+above that without rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from common import load_model, make_parser, median_ratio, model_name, report, time_in_turn
+from peft import get_peft_model
+from transformers import AutoTokenizer
+
+from adaptq_peft import AdaptQConfig
+from adaptq_peft.demo.training import train, training_windows
+from adaptq_peft.merged_weight import temporary_merged_weight
+from adaptq_peft.selection import find_blocks
+
+
+def to_bfloat16(base: torch.Tensor, deltas: list, scales: list, dtype: torch.dtype) -> torch.Tensor:
+    return torch.add(base, deltas[0], alpha=scales[0]).bfloat16().to(dtype)
+
+
+def to_float16(base: torch.Tensor, deltas: list, scales: list, dtype: torch.dtype) -> torch.Tensor:
+    return torch.add(base, deltas[0], alpha=scales[0]).half().to(dtype)
+
+
+def dithered(base: torch.Tensor, deltas: list, scales: list, dtype: torch.dtype) -> torch.Tensor:
+    return temporary_merged_weight(base.bfloat16(), deltas, scales, torch.bfloat16).to(dtype)
+
+
+VARIANTS = {
+    "float32": temporary_merged_weight,
+    "bfloat16, to the nearest": to_bfloat16,
+    "float16, to the nearest": to_float16,
+    "bfloat16, dithered": dithered,
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--domain", type=Path, required=True, help='a .jsonl file with "text" in each line')
+    parser.add_argument("--steps", type=int, default=21)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--rate", type=float, default=4e-4, help="times delta_scaling 0.25 on the weight")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def losses_with(variant: str, base: torch.nn.Module, samples: list, arguments: argparse.Namespace) -> list[float]:
+    count = len(find_blocks(base))
+    blocks = list(range(count - count // 2, count))
+    config = AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=blocks, frozen_rank=0, quantization="none")
+    model = get_peft_model(copy.deepcopy(base), config)
+    with patch("adaptq_peft.delta_linear.temporary_merged_weight", VARIANTS[variant]):
+        return train(
+            model,
+            samples,
+            steps=arguments.steps,
+            learning_rate=arguments.rate,
+            batch_size=arguments.batch,
+            seed=arguments.seed,
+            on_step=lambda step, loss: print(variant, step, f"{loss:.4f}", flush=True),
+        )
+
+
+@torch.no_grad()
+def milliseconds_of_a_sum(shape: tuple[int, int], device: str, repeats: int) -> dict[str, Any]:
+    """Of a bfloat16 weight and a float32 delta, into bfloat16."""
+    base, delta = torch.randn(shape, device=device).bfloat16(), torch.randn(shape, device=device) * 1e-3
+    out = torch.empty_like(base)
+    seconds = time_in_turn(
+        {
+            "dithered": lambda: temporary_merged_weight(base, [delta], [0.25], torch.bfloat16),
+            "torch.add": lambda: torch.add(base, delta, alpha=0.25, out=out),
+            "torch.add in float32, then copied": lambda: out.copy_(torch.add(base, delta, alpha=0.25)),
+        },
+        repeats,
+    )
+    return {
+        "milliseconds": {name: 1000 * statistics.median(values) for name, values in seconds.items()},
+        "ratio_dithered_to": {name: median_ratio(seconds, "dithered", name) for name in seconds if name != "dithered"},
+    }
+
+
+def main() -> None:
+    arguments = parse()
+    shape = (1536, 576) if arguments.device == "cpu" else (14336, 4096)
+    result: dict[str, Any] = {"sum": {"shape": shape, **milliseconds_of_a_sum(shape, arguments.device, 100)}}
+    arguments.dtype = "float32"
+    base = load_model(arguments)
+    tokenizer = AutoTokenizer.from_pretrained(model_name(arguments.model))
+    documents = [json.loads(line)["text"] for line in arguments.domain.read_text().splitlines()]
+    samples = training_windows(tokenizer, documents, arguments.length)
+    losses = {variant: losses_with(variant, base, samples, arguments) for variant in VARIANTS}
+    third = -(-arguments.steps // 3)
+    result["losses"] = losses
+    result["excess"] = {
+        variant: [
+            statistics.mean(of) - statistics.mean(exact)
+            for of, exact in (
+                (values[i : i + third], losses["float32"][i : i + third]) for i in range(0, arguments.steps, third)
+            )
+        ]
+        for variant, values in losses.items()
+        if variant != "float32"
+    }
+    report(arguments, result)
+
+
+if __name__ == "__main__":
+    main()
