@@ -14,7 +14,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 _HASH_MULTIPLIER = 15470
 # Sums are formed in pieces, so that what is wider than the result fits the cache of a CPU or little memory of a GPU.
 _PIECE_ON_CPU = 2**16
-_PIECE_ELSEWHERE = 2**23
+_PIECE_ELSEWHERE = 2**22
 
 
 def add_deltas(

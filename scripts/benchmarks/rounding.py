@@ -2,16 +2,15 @@
 
     python scripts/benchmarks/rounding.py --domain legal_train.jsonl --steps 21
 
-Plain deltas on the upper half of the blocks, nothing quantized. The model is in float32, so that it trains as fast on
-any CPU, and only the sum is rounded: not at all, to the nearest number of bfloat16 or of float16, or dithered as it is
-in a model in bfloat16. All variants see the same batches. `excess` is the mean training loss of a third of the steps
+Plain deltas on the upper half of the blocks, nothing quantized. First the model is in float32, so that nothing else is
+rounded, and the sum is rounded: not at all, to the nearest number of bfloat16 or of float16, or dithered. Then all of
+the model is in bfloat16. All variants see the same batches. `excess` is the mean training loss of a third of the steps
 above that without rounding.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 from pathlib import Path
@@ -42,10 +41,12 @@ def dithered(base: torch.Tensor, deltas: list, scales: list, dtype: torch.dtype)
 
 
 VARIANTS = {
-    "float32": temporary_merged_weight,
-    "bfloat16, to the nearest": to_bfloat16,
-    "float16, to the nearest": to_float16,
-    "bfloat16, dithered": dithered,
+    "float32": ("float32", temporary_merged_weight),
+    "sum in bfloat16, to the nearest": ("float32", to_bfloat16),
+    "sum in float16, to the nearest": ("float32", to_float16),
+    "sum in bfloat16, dithered": ("float32", dithered),
+    "all in bfloat16, to the nearest": ("bfloat16", to_bfloat16),
+    "all in bfloat16, dithered": ("bfloat16", dithered),
 }
 
 
@@ -60,12 +61,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def losses_with(variant: str, base: torch.nn.Module, samples: list, arguments: argparse.Namespace) -> list[float]:
+def losses_with(variant: str, samples: list, arguments: argparse.Namespace) -> list[float]:
+    arguments.dtype, merge = VARIANTS[variant]
+    base = load_model(arguments)
     count = len(find_blocks(base))
     blocks = list(range(count - count // 2, count))
     config = AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=blocks, frozen_rank=0, quantization="none")
-    model = get_peft_model(copy.deepcopy(base), config)
-    with patch("adaptq_peft.delta_linear.temporary_merged_weight", VARIANTS[variant]):
+    model = get_peft_model(base, config)
+    with patch("adaptq_peft.delta_linear.temporary_merged_weight", merge):
         return train(
             model,
             samples,
@@ -100,12 +103,10 @@ def main() -> None:
     arguments = parse()
     shape = (1536, 576) if arguments.device == "cpu" else (14336, 4096)
     result: dict[str, Any] = {"sum": {"shape": shape, **milliseconds_of_a_sum(shape, arguments.device, 100)}}
-    arguments.dtype = "float32"
-    base = load_model(arguments)
     tokenizer = AutoTokenizer.from_pretrained(model_name(arguments.model))
     documents = [json.loads(line)["text"] for line in arguments.domain.read_text().splitlines()]
     samples = training_windows(tokenizer, documents, arguments.length)
-    losses = {variant: losses_with(variant, base, samples, arguments) for variant in VARIANTS}
+    losses = {variant: losses_with(variant, samples, arguments) for variant in VARIANTS}
     third = -(-arguments.steps // 3)
     result["losses"] = losses
     result["excess"] = {
