@@ -45,11 +45,9 @@ def temporary_merged_weight(
     base: torch.Tensor, deltas: Sequence[torch.Tensor], scales: Sequence[float], dtype: torch.dtype
 ) -> torch.Tensor:
     """`add_deltas`, without gradients, for a result that is not needed any more when the next one is formed."""
-    if not _can_write(base, *deltas):
-        return add_deltas(base, deltas, scales, dtype)
-    on_cpu = base.device.type == "cpu"
-    out = _scratch.like(base, dtype) if on_cpu else torch.empty_like(base, dtype=dtype)
-    return _write_sum(out, base, deltas, scales)
+    if base.device.type == "cpu" and _can_write(base, *deltas):
+        return _write_sum(_scratch.like(base, dtype), base, deltas, scales)
+    return add_deltas(base, deltas, scales, dtype)
 
 
 def _sum(
@@ -77,7 +75,7 @@ def _write_sum(
     if len(deltas) == 1 and out.dtype == base.dtype == deltas[0].dtype == torch.float32:
         return torch.add(base, deltas[0], alpha=scales[0], out=out)
     size = _PIECE_ON_CPU if base.device.type == "cpu" else _PIECE_ELSEWHERE
-    rows = max(1, size // max(1, base[:1].numel())) if base.ndim else 1
+    rows = max(1, size // max(1, base.shape[1:].numel()))
     for into, part, *others in zip(*(torch.atleast_1d(t).split(rows) for t in (out, base, *deltas)), strict=True):
         into.copy_(_sum(part, others, scales, out.dtype))
     return out

@@ -19,14 +19,7 @@ from tqdm.auto import tqdm
 from ..evaluation_mode import evaluation_mode
 from ..offloading import input_device
 from .blocks import Block, find_blocks, hidden_states_of
-from .calibration import (
-    Batch,
-    batch_sample_count,
-    batch_token_count,
-    calibration_batches,
-    mask_of,
-    token_masks,
-)
+from .calibration import Batch, batch_sample_count, batch_token_count, calibration_batches, mask_of, token_masks
 from .streaming import streamed_model
 
 RECOMMENDED_SAMPLES = 50

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import tempfile
 from pathlib import Path
 
@@ -21,11 +20,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 from adaptq_peft import AdaptQConfig
+from adaptq_peft.comparison.texts import read_documents
 from adaptq_peft.demo.training import training_windows
 from adaptq_peft.evaluation import evaluate_perplexity
 from adaptq_peft.preservation.anchor_callback import PreservationCallback
 from adaptq_peft.preservation.teacher import BaseAnswers
-from adaptq_peft.selection import find_blocks
 
 
 def parse() -> argparse.Namespace:
@@ -51,12 +50,10 @@ def general_texts(path: Path, characters: int = 600) -> list[str]:
 
 
 def wrap(base: torch.nn.Module, method: str, arguments: argparse.Namespace) -> torch.nn.Module:
-    count = len(find_blocks(base))
     if method.startswith("lora"):
         return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"))
-    blocks = list(range(count - count // 2, count))
     config = AdaptQConfig(
-        task_type="CAUSAL_LM", layers_to_transform=blocks, delta_scaling=arguments.delta_scaling, frozen_rank=0
+        task_type="CAUSAL_LM", selection_strategy="last", delta_scaling=arguments.delta_scaling, frozen_rank=0
     )
     return get_peft_model(base, config)
 
@@ -88,7 +85,7 @@ def main() -> None:
     arguments = parse()
     base = load_model(arguments).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_name(arguments.model))
-    documents = [json.loads(line)["text"] for line in arguments.domain.read_text().splitlines()]
+    documents = read_documents(arguments.domain)
     held_out = max(len(documents) // 10, 1)
     samples = training_windows(tokenizer, documents[:-held_out], arguments.length)
     evaluated = {"general": [arguments.evaluate_on.read_text()], "domain": documents[-held_out:]}

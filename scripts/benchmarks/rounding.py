@@ -11,8 +11,8 @@ above that without rounding.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,17 +23,15 @@ from peft import get_peft_model
 from transformers import AutoTokenizer
 
 from adaptq_peft import AdaptQConfig
+from adaptq_peft.comparison.texts import read_documents
 from adaptq_peft.demo.training import train, training_windows
 from adaptq_peft.merged_weight import temporary_merged_weight
-from adaptq_peft.selection import find_blocks
 
 
-def to_bfloat16(base: torch.Tensor, deltas: list, scales: list, dtype: torch.dtype) -> torch.Tensor:
-    return torch.add(base, deltas[0], alpha=scales[0]).bfloat16().to(dtype)
-
-
-def to_float16(base: torch.Tensor, deltas: list, scales: list, dtype: torch.dtype) -> torch.Tensor:
-    return torch.add(base, deltas[0], alpha=scales[0]).half().to(dtype)
+def to_the_nearest(
+    rounded: torch.dtype, base: torch.Tensor, deltas: list, scales: list, dtype: torch.dtype
+) -> torch.Tensor:
+    return torch.add(base, deltas[0], alpha=scales[0]).to(rounded).to(dtype)
 
 
 def dithered(base: torch.Tensor, deltas: list, scales: list, dtype: torch.dtype) -> torch.Tensor:
@@ -42,10 +40,10 @@ def dithered(base: torch.Tensor, deltas: list, scales: list, dtype: torch.dtype)
 
 VARIANTS = {
     "float32": ("float32", temporary_merged_weight),
-    "sum in bfloat16, to the nearest": ("float32", to_bfloat16),
-    "sum in float16, to the nearest": ("float32", to_float16),
+    "sum in bfloat16, to the nearest": ("float32", partial(to_the_nearest, torch.bfloat16)),
+    "sum in float16, to the nearest": ("float32", partial(to_the_nearest, torch.float16)),
     "sum in bfloat16, dithered": ("float32", dithered),
-    "all in bfloat16, to the nearest": ("bfloat16", to_bfloat16),
+    "all in bfloat16, to the nearest": ("bfloat16", partial(to_the_nearest, torch.bfloat16)),
     "all in bfloat16, dithered": ("bfloat16", dithered),
 }
 
@@ -64,9 +62,7 @@ def parse() -> argparse.Namespace:
 def losses_with(variant: str, samples: list, arguments: argparse.Namespace) -> list[float]:
     arguments.dtype, merge = VARIANTS[variant]
     base = load_model(arguments)
-    count = len(find_blocks(base))
-    blocks = list(range(count - count // 2, count))
-    config = AdaptQConfig(task_type="CAUSAL_LM", layers_to_transform=blocks, frozen_rank=0, quantization="none")
+    config = AdaptQConfig(task_type="CAUSAL_LM", selection_strategy="last", frozen_rank=0, quantization="none")
     model = get_peft_model(base, config)
     with patch("adaptq_peft.delta_linear.temporary_merged_weight", merge):
         return train(
@@ -99,25 +95,23 @@ def milliseconds_of_a_sum(shape: tuple[int, int], device: str, repeats: int) -> 
     }
 
 
+def means_of_thirds(losses: list[float]) -> list[float]:
+    size = -(-len(losses) // 3)
+    return [statistics.mean(losses[i : i + size]) for i in range(0, len(losses), size)]
+
+
 def main() -> None:
     arguments = parse()
     shape = (1536, 576) if arguments.device == "cpu" else (14336, 4096)
     result: dict[str, Any] = {"sum": {"shape": shape, **milliseconds_of_a_sum(shape, arguments.device, 100)}}
     tokenizer = AutoTokenizer.from_pretrained(model_name(arguments.model))
-    documents = [json.loads(line)["text"] for line in arguments.domain.read_text().splitlines()]
-    samples = training_windows(tokenizer, documents, arguments.length)
+    samples = training_windows(tokenizer, read_documents(arguments.domain), arguments.length)
     losses = {variant: losses_with(variant, samples, arguments) for variant in VARIANTS}
-    third = -(-arguments.steps // 3)
+    exact = means_of_thirds(losses["float32"])
     result["losses"] = losses
     result["excess"] = {
-        variant: [
-            statistics.mean(of) - statistics.mean(exact)
-            for of, exact in (
-                (values[i : i + third], losses["float32"][i : i + third]) for i in range(0, arguments.steps, third)
-            )
-        ]
+        variant: [mean - of_exact for mean, of_exact in zip(means_of_thirds(values), exact, strict=True)]
         for variant, values in losses.items()
-        if variant != "float32"
     }
     report(arguments, result)
 
