@@ -6,11 +6,9 @@ plan -> price -> search learning rates with the first seed -> repeat the chosen 
 from __future__ import annotations
 
 import gc
-import platform
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -18,7 +16,6 @@ from peft import PeftModel
 from rich.console import Console
 from torch import nn
 
-from .. import __version__
 from ..demo.display import progress_bar
 from ..demo.model import demo_model_folder, faster_dtype
 from ..demo.quiet import quiet_libraries
@@ -201,9 +198,14 @@ class _Study:
     def report(self) -> list[Row]:
         """Write the tables of all finished runs in the folder with this model, these texts and these settings."""
         rows = summarize(self.store, self.reported)
-        about = {**self.store.identity, "environment": _environment(), "training_samples": len(self.windows)}
+        about = {**self.store.identity, "environments": self.environments(), "training_samples": len(self.windows)}
         write_tables(self.settings.output_dir, rows, about)
         return rows
+
+    def environments(self) -> list[dict[str, Any]]:
+        """Where the finished runs were made, each once; runs that do not know it are left out."""
+        found = [record["environment"] for record in self.store.records() if "environment" in record]
+        return [one for number, one in enumerate(found) if one not in found[:number]]
 
     def _run(self, method: Method, samples: int, rate: float, seed: int) -> Run:
         """A run; those of a method that is not trained do not depend on the size and the seed."""
@@ -277,15 +279,3 @@ def _outcome(record: Record) -> str:
         f"general {general['adapted']:.2f} ({general['degradation']:+.1%}), domain {domain['adapted']:.2f} "
         f"({domain['change']:+.1%})"
     )
-
-
-def _environment() -> dict[str, Any]:
-    packages = ("torch", "transformers", "peft", "bitsandbytes")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "adaptq_peft": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "device": device,
-        "threads": torch.get_num_threads(),
-    }

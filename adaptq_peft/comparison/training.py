@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..config import AdaptQConfig
 from ..demo.training import StepReport, train
+from ..evaluation import describe_environment
 from ..preservation import PreservationCallback, fit_to_budget
 from ..preservation.documents import LossNotFiniteError
 from .measure import Load, Measurements, finite, report_figures, training_memory
@@ -186,6 +187,7 @@ def _copies(model: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
 
 def _about(trained: Trained) -> Record:
     return {
+        "environment": describe_environment(),
         "memory": trained.memory,
         "seconds": dict(trained.seconds),
         "losses": [finite(loss) for loss in trained.losses],

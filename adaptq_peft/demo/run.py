@@ -6,21 +6,18 @@ load -> measure -> profile, select, quantize -> measure -> train -> measure -> s
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import get_peft_model
 from rich.console import Console
 
 from ..config import AdaptQConfig
-from ..evaluation import Perplexity, WeightBytes, measure_weight_bytes, paper_weight_ratio
+from ..evaluation import Perplexity, WeightBytes, describe_environment, measure_weight_bytes, paper_weight_ratio
 from . import display
 from .evaluate import EvaluationSet, split_change
 from .model import load_demo_model
@@ -91,7 +88,7 @@ class _Run:
         self.perplexities: dict[str, dict[str, Perplexity]] = {}
         self.seconds: dict[str, float] = {}
         chosen = asdict(settings) | {"output_dir": str(settings.output_dir)}
-        self.report: dict[str, Any] = {"settings": chosen, "environment": _environment()}
+        self.report: dict[str, Any] = {"settings": chosen, "environment": describe_environment()}
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
@@ -269,13 +266,3 @@ def _plain(figures: Mapping[str, Perplexity]) -> dict[str, dict[str, float]]:
 
 def _count_words(texts: list[str]) -> int:
     return sum(len(text.split()) for text in texts)
-
-
-def _environment() -> dict[str, Any]:
-    packages = ("torch", "transformers", "peft", "bitsandbytes")
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }

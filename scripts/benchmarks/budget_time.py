@@ -11,11 +11,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from common import device_and_versions, load_base_of_adapter, make_adapter_parser
+from common import load_base_of_adapter, make_adapter_parser
 from peft import PeftModel
 
 import adaptq_peft  # noqa: F401  (registers the method)
 from adaptq_peft.comparison.texts import cut_documents, read_documents
+from adaptq_peft.evaluation import describe_environment
 from adaptq_peft.preservation import BaseReference, fit_to_budget
 from adaptq_peft.preservation.budget import FAMILIES
 
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     arguments = parser.parse_args()
     chosen = [read_documents(path)[: arguments.documents] for path in (arguments.general, arguments.domain)]
-    print(device_and_versions())
+    print(describe_environment())
     print("| family | documents | base, s | fit, s | general | at most | domain | holds |")
     print("|---|---|---|---|---|---|---|---|")
     for family in arguments.families:

@@ -14,10 +14,11 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from common import device_and_versions, load_base_of_adapter, make_adapter_parser
+from common import load_base_of_adapter, make_adapter_parser
 from peft import PeftModel
 
 import adaptq_peft  # noqa: F401  (registers the method)
+from adaptq_peft.evaluation import describe_environment
 from adaptq_peft.preservation.block_scales import BlockScales
 from adaptq_peft.preservation.bounds import rise_per_token, upper_bounds
 from adaptq_peft.preservation.documents import measure_documents, tokenize_documents
@@ -50,7 +51,7 @@ def main() -> None:
     differences, tokens = measure(arguments)
     truth = rise_per_token(differences, tokens)
     budget = float(np.median(truth))
-    print(device_and_versions())
+    print(describe_environment())
     print(f"{len(tokens)} paragraphs of {arguments.tokens} tokens; true rise in nats a token", truth.round(4).tolist())
     print("| documents | any candidate above its bound | the first candidate alone | chosen one above the budget |")
     print("|---|---|---|---|")

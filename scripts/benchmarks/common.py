@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import transformers
 from peft import PeftConfig
 from torch import nn
 from transformers import (
@@ -22,6 +20,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
 )
+
+from adaptq_peft.evaluation import describe_environment
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -151,19 +151,10 @@ def parameter_bytes(model: nn.Module) -> int:
     return total
 
 
-def device_and_versions() -> dict[str, object]:
-    """What a figure was measured on."""
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "machine": f"{machine}, {torch.get_num_threads()} threads",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
-
-
 def report(arguments: argparse.Namespace, result: dict[str, object]) -> None:
-    """Print the result with the machine and versions it was measured on, and write it where `--output` says."""
+    """Print the result with what it was measured on, and write it where `--output` says."""
     command = {name: str(value) for name, value in vars(arguments).items() if value is not None}
-    text = json.dumps({"command": command, **device_and_versions(), **result}, indent=2)
+    text = json.dumps({"command": command, "environment": describe_environment(), **result}, indent=2)
     print(text)
     if arguments.output:
         arguments.output.write_text(text + "\n")

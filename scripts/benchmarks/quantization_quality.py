@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import device_and_versions
 from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adaptq_peft import AdaptQConfig
 from adaptq_peft.demo.model import load_demo_model
 from adaptq_peft.demo.texts import load_demo_texts
-from adaptq_peft.evaluation import degradation, evaluate_perplexity
+from adaptq_peft.evaluation import degradation, describe_environment, evaluate_perplexity
 from adaptq_peft.quantization.calibrated import CALIBRATION_METHODS
 from adaptq_peft.selection import find_blocks
 
@@ -128,7 +127,7 @@ def main() -> None:
     base = measure(model)
     about = {
         "command": {name: str(value) for name, value in vars(arguments).items() if value is not None},
-        **device_and_versions(),
+        "environment": describe_environment(),
         "base": {name: figure.value for name, figure in base.items()},
     }
     print(json.dumps(about, indent=1), flush=True)

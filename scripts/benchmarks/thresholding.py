@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common import device_and_versions, load_base_of_adapter, make_adapter_parser
+from common import load_base_of_adapter, make_adapter_parser
 from peft import PeftModel
 
 from adaptq_peft.comparison.texts import cut_documents, read_documents
+from adaptq_peft.evaluation import describe_environment
 from adaptq_peft.preservation import BaseReference, measure_forgetting, threshold_deltas
 from adaptq_peft.preservation.block_scales import BlockScales
 
@@ -24,7 +25,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=12_000, help="of each text")
     parser.add_argument("--factors", nargs="*", type=float, default=[0.8, 0.6, 0.4])
     arguments = parser.parse_args()
-    print(device_and_versions())
+    print(describe_environment())
     base, tokenizer = load_base_of_adapter(arguments)
     chosen = (read_documents(path) for path in (arguments.general, arguments.domain))
     texts = [cut_documents(tokenizer, documents, arguments.tokens) for documents in chosen]

@@ -18,6 +18,7 @@ from adaptq_peft.comparison.methods import resolve_methods
 from adaptq_peft.comparison.plots import plot_fronts
 from adaptq_peft.comparison.training import Trained, draw_samples, num_steps
 from adaptq_peft.demo.training import training_windows
+from adaptq_peft.evaluation import describe_environment
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MEMORY = {"trained_parameters": 10, "weights": 1, "gradients": 1, "optimizer_states": 1, "total": 3}
@@ -221,6 +222,21 @@ def test_method_is_no_row_while_its_search_goes_on(fake, study, tmp_path):
     assert (row.method, len(row.points)) == ("lora", 2)
 
 
+def test_runs_of_several_machines_say_where_each_was_made(fake, study, tmp_path, monkeypatch):
+    made = fake.results
+    for device in ("CPU", "H200"):
+        monkeypatch.setattr(
+            study_module,
+            "results",
+            lambda *arguments, device=device: (
+                (run, {**record, "environment": {"device": device}}) for run, record in made(*arguments)
+            ),
+        )
+        study(methods=("lora",), rates=(1e-3,) if device == "CPU" else (2e-3, 4e-3))
+    environments = json.loads((tmp_path / "results.json").read_text())["about"]["environments"]
+    assert sorted(one["device"] for one in environments) == ["CPU", "H200"]
+
+
 def test_methods_that_share_a_training_are_trained_once(fake, study):
     study(methods=("lora", "lora-quantize", "adaptq-50", "select-activation"), rates=(1e-3,))
     assert fake.timed == fake.trained == ["lora, N=8, rate 0.001, seed 0", "adaptq-50, N=8, rate 0.001, seed 0"]
@@ -322,6 +338,7 @@ def test_real_study_writes_runs_tables_and_figures(study, tmp_path, console):
     assert len(list((tmp_path / "runs").glob("*.json"))) == 3
     report = json.loads((tmp_path / "results.json").read_text())
     assert report["about"]["settings"]["epochs"] == 1
+    assert report["about"]["environments"] == [describe_environment()]
     assert "3 trainings with 3 results are missing" in console.file.getvalue()
     assert "adaptq-50, N=8, rate 0.002, seed 0: general " in console.file.getvalue()
 
