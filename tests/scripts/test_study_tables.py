@@ -17,7 +17,7 @@ def script():
 
 
 def test_there_are_studies():
-    assert [study.name for study in STUDIES] == ["defaults", "legal", "legal_2000", "legal_50"]
+    assert [study.name for study in STUDIES] == ["defaults", "legal", "legal_2000", "legal_50", "legal_float32"]
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
