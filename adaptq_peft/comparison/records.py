@@ -82,6 +82,11 @@ class RunStore:
         read = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.folder.glob("*.json"))]
         return [r for r in read if all(r["depends_on"].get(name) == value for name, value in self.identity.items())]
 
+    def environments(self) -> list[dict[str, Any]]:
+        """What the finished runs were made on, each once; runs of before it was recorded are left out."""
+        found = [record["environment"] for record in self.records() if "environment" in record]
+        return [one for number, one in enumerate(found) if one not in found[:number]]
+
     def searched(self, method: Method, samples: int) -> dict[int, list[Record]]:
         """For each seed what a method gave with each learning rate that has been tried, by rate, in whichever call."""
         alike, by_seed = self._depends_on(Run(method, samples, 0.0, 0)), defaultdict(list)

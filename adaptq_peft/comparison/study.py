@@ -198,14 +198,9 @@ class _Study:
     def report(self) -> list[Row]:
         """Write the tables of all finished runs in the folder with this model, these texts and these settings."""
         rows = summarize(self.store, self.reported)
-        about = {**self.store.identity, "environments": self.environments(), "training_samples": len(self.windows)}
-        write_tables(self.settings.output_dir, rows, about)
+        about = {"environments": self.store.environments(), "training_samples": len(self.windows)}
+        write_tables(self.settings.output_dir, rows, {**self.store.identity, **about})
         return rows
-
-    def environments(self) -> list[dict[str, Any]]:
-        """Where the finished runs were made, each once; runs that do not know it are left out."""
-        found = [record["environment"] for record in self.store.records() if "environment" in record]
-        return [one for number, one in enumerate(found) if one not in found[:number]]
 
     def _run(self, method: Method, samples: int, rate: float, seed: int) -> Run:
         """A run; those of a method that is not trained do not depend on the size and the seed."""

@@ -14,7 +14,6 @@ from pathlib import Path
 from common import load_base_of_adapter, make_adapter_parser
 from peft import PeftModel
 
-import adaptq_peft  # noqa: F401  (registers the method)
 from adaptq_peft.comparison.texts import cut_documents, read_documents
 from adaptq_peft.evaluation import describe_environment
 from adaptq_peft.preservation import BaseReference, fit_to_budget

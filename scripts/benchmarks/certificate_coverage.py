@@ -17,7 +17,6 @@ import numpy as np
 from common import load_base_of_adapter, make_adapter_parser
 from peft import PeftModel
 
-import adaptq_peft  # noqa: F401  (registers the method)
 from adaptq_peft.evaluation import describe_environment
 from adaptq_peft.preservation.block_scales import BlockScales
 from adaptq_peft.preservation.bounds import rise_per_token, upper_bounds

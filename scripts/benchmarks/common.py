@@ -151,10 +151,15 @@ def parameter_bytes(model: nn.Module) -> int:
     return total
 
 
-def report(arguments: argparse.Namespace, result: dict[str, object]) -> None:
-    """Print the result with what it was measured on, and write it where `--output` says."""
+def measured_with(arguments: argparse.Namespace) -> dict[str, object]:
+    """The options of a benchmark, and what it runs on."""
     command = {name: str(value) for name, value in vars(arguments).items() if value is not None}
-    text = json.dumps({"command": command, "environment": describe_environment(), **result}, indent=2)
+    return {"command": command, "environment": describe_environment()}
+
+
+def report(arguments: argparse.Namespace, result: dict[str, object]) -> None:
+    """Print the result with what it was measured with, and write it where `--output` says."""
+    text = json.dumps({**measured_with(arguments), **result}, indent=2)
     print(text)
     if arguments.output:
         arguments.output.write_text(text + "\n")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import measured_with
 from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adaptq_peft import AdaptQConfig
 from adaptq_peft.demo.model import load_demo_model
 from adaptq_peft.demo.texts import load_demo_texts
-from adaptq_peft.evaluation import degradation, describe_environment, evaluate_perplexity
+from adaptq_peft.evaluation import degradation, evaluate_perplexity
 from adaptq_peft.quantization.calibrated import CALIBRATION_METHODS
 from adaptq_peft.selection import find_blocks
 
@@ -125,11 +126,7 @@ def main() -> None:
         return {name: evaluate_perplexity(model, tokenizer, texts, **options) for name, texts in tests.items()}
 
     base = measure(model)
-    about = {
-        "command": {name: str(value) for name, value in vars(arguments).items() if value is not None},
-        "environment": describe_environment(),
-        "base": {name: figure.value for name, figure in base.items()},
-    }
+    about = {**measured_with(arguments), "base": {name: figure.value for name, figure in base.items()}}
     print(json.dumps(about, indent=1), flush=True)
     runs: list[dict[str, Any]] = []
     for draw in arguments.draws:

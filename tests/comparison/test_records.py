@@ -62,6 +62,13 @@ def test_search_has_all_rates_of_the_method_the_size_and_the_seed(store):
     assert list(store.searched(resolve_methods(["lora"])[0], 8)) == [1]
 
 
+def test_environments_are_each_named_once_and_runs_that_know_none_are_left_out(store):
+    store.save(run_of(), {})  # as before it was recorded
+    for seed, device in enumerate(("CPU", "H200", "CPU"), 1):
+        store.save(run_of(seed=seed), {"environment": {"device": device}})
+    assert sorted(one["device"] for one in store.environments()) == ["CPU", "H200"]
+
+
 def test_run_killed_while_it_is_written_leaves_nothing_that_is_found(store, monkeypatch):
     def killed(source, target):
         raise KeyboardInterrupt
